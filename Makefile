@@ -1,0 +1,69 @@
+# Every target sets up .venv by itself, once (scripts/bootstrap.sh); `make` alone lists them.
+#   PYTHON=/path/to/python3   which Python (>= 3.10) to build .venv with
+#   ARGS="..."                passed on to pytest, the benchmark or `megalite pretrain`
+#   JOBS=N                    test processes
+
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+BIN := .venv/bin
+CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+JOBS ?= $(shell if [ $(CORES) -gt 8 ]; then echo 8; else echo $(CORES); fi)
+ARGS ?=
+export PYTHON
+
+# --- the first run: real text that every machine has, and a configuration for two CPU cores -----------------
+DATA ?= data/stdlib
+CONFIG ?= examples/pretrain_cpu.toml
+PREPARE := $(BIN)/megalite data prepare --corpus stdlib --out $(DATA)
+PRETRAIN := $(BIN)/megalite pretrain $(CONFIG) --json
+
+# One thread per test process: the processes fill the cores, and one thread is bitwise reproducible.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: setup
+setup: ## make .venv with what megalite needs
+	@scripts/bootstrap.sh
+
+.PHONY: pretrain
+pretrain: setup ## train a small base model on real text; the last line is its result as JSON
+	@test -e $(DATA)/dataset.json || $(PREPARE)
+	@$(PRETRAIN) $(ARGS)
+
+.PHONY: test
+test: ## run every test that needs no GPU and little time
+	@scripts/bootstrap.sh test
+	@$(PYTEST) -m "not slow and not gpu" $(ARGS)
+
+.PHONY: test-slow
+test-slow: ## run the slow tests too
+	@scripts/bootstrap.sh test
+	@$(PYTEST) -m "not gpu" $(ARGS)
+
+.PHONY: bench
+bench: setup ## measure training throughput on this machine
+	@$(BIN)/python benchmarks/train_throughput.py $(ARGS)
+
+.PHONY: lint
+lint: ## check style, types and C++ format
+	@scripts/bootstrap.sh test dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs -r $(BIN)/clang-format --dry-run --Werror --style=file
+
+.PHONY: format
+format: ## rewrite Python and C++ in the project's style
+	@scripts/bootstrap.sh dev
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+	@git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs -r $(BIN)/clang-format -i --style=file
+
+.PHONY: clean
+clean: ## remove .venv and build outputs; data and runs are kept
+	rm -rf .venv build dist *.egg-info kernels/megalite_kernels/_C*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

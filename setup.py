@@ -1,0 +1,89 @@
+"""Two import packages in one distribution, and the native library, which is optional.
+
+Everything declarative is in pyproject.toml. This file only says what that one cannot: where the second
+package lives (``kernels/megalite_kernels``), and how ``megalite_kernels._C`` is compiled. A machine
+without a compiler gets a complete installation without it, and is told so; ``MEGALITE_NO_NATIVE=1`` skips
+the compilation.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+COMPILE_FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall"]
+
+
+def pybind11_include() -> str | None:
+    """Folder of pybind11's headers: its own package's, else the copy that torch ships."""
+    try:
+        import pybind11
+    except ImportError:
+        torch = importlib.util.find_spec("torch")  # found, not imported: that would take seconds
+        if torch is None or torch.origin is None:
+            return None
+        folder = Path(torch.origin).parent / "include"
+        return str(folder) if (folder / "pybind11").is_dir() else None
+    return pybind11.get_include()
+
+
+def native_extensions() -> list[Extension]:
+    """``megalite_kernels._C``, or nothing where it is unwanted or cannot be built."""
+    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("cpu/*.cpp"))
+    bindings = ROOT / "csrc" / "bindings.cpp"
+    if os.environ.get("MEGALITE_NO_NATIVE") == "1" or not bindings.exists():
+        return []
+    include = pybind11_include()
+    if include is None:
+        say_native_missing("pybind11's headers were not found (pip install pybind11)")
+        return []
+    return [
+        Extension(
+            "megalite_kernels._C",
+            sources=[str(bindings.relative_to(ROOT)), *sources],
+            depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")),
+            include_dirs=[include, str(ROOT / "csrc")],
+            extra_compile_args=COMPILE_FLAGS,
+            language="c++",
+            optional=True,
+        )
+    ]
+
+
+def say_native_missing(reason: str) -> None:
+    """One sentence on what is missing, why, and what follows from it."""
+    print(
+        f"megalite: native CPU kernels are not built: {reason}. "
+        "Everything works without them, slower, on the torch reference back-end.",
+        file=sys.stderr,
+    )
+
+
+class OptionalBuildExt(build_ext):
+    """Builds the native library; a failure is one clear sentence and an installation without it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # a failed build must not leave an older one
+        try:
+            super().build_extension(ext)
+        except Exception as error:  # every compiler, linker and platform failure means the same: without it
+            say_native_missing(f"the C++ compiler failed ({error})")
+
+
+setup(
+    packages=[
+        *find_packages(".", include=["megalite", "megalite.*"]),
+        *find_packages("kernels", include=["megalite_kernels", "megalite_kernels.*"]),
+    ],
+    package_dir={"megalite": "megalite", "megalite_kernels": "kernels/megalite_kernels"},
+    package_data={"megalite": ["py.typed"], "megalite_kernels": ["py.typed"]},
+    include_package_data=False,
+    ext_modules=native_extensions(),
+    cmdclass={"build_ext": OptionalBuildExt},
+)
