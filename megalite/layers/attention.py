@@ -1,0 +1,107 @@
+"""Causal self-attention with grouped key/value heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import megalite_kernels as kernels
+import torch
+from torch import Tensor, nn
+
+from megalite.layers.cache import LayerCache
+from megalite.layers.linear import Linear
+from megalite.parallel.pieces import Init, Piece, whole
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """Where the tokens stand, the same for all layers."""
+
+    cos: Tensor | None = None
+    """[S or T, D/2] or [B, S, D/2] cosines of the rotary angles; None for learned positions."""
+    sin: Tensor | None = None
+    """Sines, shaped like `cos`."""
+    cu_seqlens: Tensor | None = None
+    """[segments + 1] int32: where each document of a packed batch starts; None for [B, S] batches."""
+    max_seqlen: int | None = None
+    """Longest document of a packed batch."""
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm of each head of the queries or keys (Qwen 3): [..., heads, D] → the same."""
+
+    def __init__(self, head_dim: int, eps: float, **factory: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(head_dim, **factory))
+
+    def declare_pieces(self, path: str) -> Iterator[tuple[str, Piece]]:
+        # A rank sees only its own heads, so its gradient is a part of a sum over the ranks.
+        shape = tuple(self.weight.shape)
+        yield "weight", whole(f"{path}.weight", shape, Init.ones(), tp="partial", decay=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """o(softmax(q kᵀ / sqrt(D), causal) v), where K key/value heads serve N query heads.
+
+    Args:
+        hidden_size: H.
+        num_attention_heads, num_key_value_heads, head_dim: N, K, D.
+        window: tokens a query looks back at, itself included; 0 is no limit.
+        qkv_bias, output_bias: biases of the projections.
+        qk_norm_eps: normalise each query and key head with this eps; None does not.
+        std, output_std: standard deviations of the initial weights.
+
+    Source: Vaswani et al., arXiv 1706.03762; Ainslie et al., arXiv 2305.13245 (grouped heads).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_attention_heads: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        window: int = 0,
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        qk_norm_eps: float | None = None,
+        std: float,
+        output_std: float,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.window = window or None
+        self.q_size = num_attention_heads * head_dim
+        self.kv_size = num_key_value_heads * head_dim
+        qkv = {"q_proj": self.q_size, "k_proj": self.kv_size, "v_proj": self.kv_size}
+        self.qkv_proj = Linear(hidden_size, qkv, bias=qkv_bias, std=std, split="column", **factory)
+        output = {"o_proj": hidden_size}
+        self.o_proj = Linear(self.q_size, output, bias=output_bias, std=output_std, split="row", **factory)
+        normed = qk_norm_eps is not None
+        self.q_norm = HeadNorm(head_dim, qk_norm_eps, **factory) if normed else None
+        self.k_norm = HeadNorm(head_dim, qk_norm_eps, **factory) if normed else None
+
+    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+        """[B, S, H] → [B, S, H], or packed [T, H] → [T, H].
+
+        With a cache the S tokens follow those already in it, and attend to them too.
+        """
+        qkv = self.qkv_proj(x).split((self.q_size, self.kv_size, self.kv_size), dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if context.cos is not None:
+            q, k = kernels.rope(q, k, context.cos, context.sin)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        out = kernels.attention(
+            q, k, v, window=self.window, cu_seqlens=context.cu_seqlens, max_seqlen=context.max_seqlen
+        )
+        return self.o_proj(out.flatten(-2))

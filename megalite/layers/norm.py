@@ -1,0 +1,61 @@
+"""RMSNorm and LayerNorm, each fused with the residual addition before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import megalite_kernels as kernels
+import torch
+from torch import Tensor, nn
+
+from megalite.parallel.pieces import Init, Piece, whole
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, over the last dim.
+
+    Source: Zhang & Sennrich, arXiv 1910.07467.
+    """
+
+    def __init__(self, hidden_size: int, eps: float, **factory: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(hidden_size, **factory))
+
+    def declare_pieces(self, path: str) -> Iterator[tuple[str, Piece]]:
+        shape = tuple(self.weight.shape)
+        yield "weight", whole(f"{path}.weight", shape, Init.ones(), tp="replicated", decay=False)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return (norm(x + residual), x + residual); without a residual, (norm(x), x)."""
+        if residual is None:
+            return kernels.rms_norm(x, self.weight, self.eps), x
+        return kernels.rms_norm(x, self.weight, self.eps, residual=residual)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean(x)) / std(x) * weight + bias, over the last dim.
+
+    Source: Ba, Kiros & Hinton, arXiv 1607.06450.
+    """
+
+    def __init__(self, hidden_size: int, eps: float, **factory: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(hidden_size, **factory))
+        self.bias = nn.Parameter(torch.empty(hidden_size, **factory))
+
+    def declare_pieces(self, path: str) -> Iterator[tuple[str, Piece]]:
+        shape = tuple(self.weight.shape)
+        yield "weight", whole(f"{path}.weight", shape, Init.ones(), tp="replicated", decay=False)
+        yield "bias", whole(f"{path}.bias", shape, Init.zeros(), tp="replicated", decay=False)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return (norm(x + residual), x + residual); without a residual, (norm(x), x)."""
+        if residual is None:
+            return kernels.layer_norm(x, self.weight, self.bias, self.eps), x
+        return kernels.layer_norm(x, self.weight, self.bias, self.eps, residual=residual)
+
+
+NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rms": RMSNorm, "layer": LayerNorm}

@@ -1,0 +1,1 @@
+"""Whole models: the transformer, its named presets and its families' file formats."""

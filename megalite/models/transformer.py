@@ -1,0 +1,199 @@
+"""The decoder-only transformer: GPT-2, Llama, Qwen and Mistral are settings of this one class."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import megalite_kernels as kernels
+import torch
+from torch import Tensor, nn
+
+from megalite.config import IGNORE_INDEX, ModelConfig
+from megalite.errors import UserError
+from megalite.layers.attention import Attention, Context
+from megalite.layers.block import Block
+from megalite.layers.cache import LayerCache
+from megalite.layers.embedding import Embedding
+from megalite.layers.mlp import MLP, GatedMLP
+from megalite.layers.norm import NORMS
+from megalite.layers.rope import rope_frequencies, rope_tables
+
+
+class Transformer(nn.Module):
+    """Token ids → final hidden states, logits or loss.
+
+    Tokens come as [B, S], or packed as [T] with `cu_seqlens`: documents laid end to end, each attending only
+    to itself, positions restarting at 0 in each. "..." below is [B, S] or [T].
+
+    The weights are uninitialised: fill them with `megalite.parallel.random.initialize` or from a file.
+
+    Args:
+        config: shape and ingredients; `vocab_size` must be set.
+        dtype: of the parameters and so of the computation; norms, softmax and loss accumulate in float32.
+        device: where the parameters are; "meta" allocates nothing.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if config.vocab_size <= 0:
+            raise UserError(
+                f"model.vocab_size={config.vocab_size} must be greater than 0: set it, or let the data's "
+                "tokenizer set it"
+            )
+        factory: dict[str, Any] = {"dtype": dtype, "device": device}
+        hidden, std = config.hidden_size, config.init_std
+        vocabulary = {"padded_rows": config.padded_vocab_size, "tp": "sharded", "std": std}
+        self.config = config
+        self.embedding = Embedding(config.vocab_size, hidden, **vocabulary, **factory)
+        self.position_embedding = None
+        if config.position == "learned":
+            positions = config.max_position_embeddings
+            self.position_embedding = Embedding(positions, hidden, std=std, **factory)
+        self.layers = nn.ModuleList(build_block(config, i, **factory) for i in range(config.num_layers))
+        self.final_norm = NORMS[config.norm](hidden, config.norm_eps, **factory)
+        self.head = None
+        if not config.tie_word_embeddings:
+            self.head = Embedding(config.vocab_size, hidden, **vocabulary, **factory)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, H] matrix of the output head, without padding rows."""
+        return (self.embedding if self.head is None else self.head).rows
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        cache: list[LayerCache] | None = None,
+    ) -> Tensor:
+        """Final-normed hidden states.
+
+        Args:
+            tokens: [...] int64.
+            positions: [...] or [S] int64; by default they count up from what `cache` holds, or from 0 in
+                each document.
+            cu_seqlens: [segments + 1] int32, first 0 and last T; only for packed tokens.
+            max_seqlen: longest segment.
+            cache: from `new_cache`; the tokens continue those in it, and are added to it.
+
+        Returns:
+            [..., H] in the parameters' dtype.
+
+        Raises:
+            ValueError: packed tokens without `cu_seqlens` or with a cache, or [B, S] tokens with `cu_seqlens`.
+        """
+        _check_layout(tokens, cu_seqlens, cache)
+        if positions is None:
+            positions = _count_up(tokens, cu_seqlens, start=cache[0].length if cache else 0)
+        x = self.embedding(tokens)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(positions)
+        cos, sin = self._rope(positions, x.dtype)
+        context = Context(cos, sin, cu_seqlens, max_seqlen)
+        residual = None
+        for i, layer in enumerate(self.layers):
+            x, residual = layer(x, residual, context, cache[i] if cache else None)
+        return self.final_norm(x, residual)[0]
+
+    def _rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        if self.config.position != "rope":
+            return None, None
+        config = self.config
+        frequencies = rope_frequencies(
+            config.size_per_head, config.rope_theta, config.rope_scaling, positions.device
+        )
+        return rope_tables(positions, frequencies, dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., H] → [..., V] over the true vocabulary."""
+        return kernels.linear(hidden, self.head_weight)
+
+    def loss(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        *,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Tensor:
+        """Sum of the cross-entropies (nats) at all labels that are not IGNORE_INDEX: a float32 scalar.
+
+        A sum, because only the caller knows how many valid labels the whole step has.
+        """
+        hidden = self(tokens, positions=positions, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        return kernels.linear_cross_entropy(
+            hidden.flatten(0, -2),
+            self.head_weight,
+            labels.flatten(),
+            ignore_index=IGNORE_INDEX,
+            reduction="sum",
+        )
+
+    def new_cache(self, batch_size: int, capacity: int) -> list[LayerCache]:
+        """An empty key/value cache for `capacity` tokens of each of `batch_size` sequences."""
+        config, weight = self.config, self.embedding.weight
+        shape = (batch_size, capacity, config.kv_heads, config.size_per_head)
+        return [LayerCache(*shape, dtype=weight.dtype, device=weight.device) for _ in self.layers]
+
+
+def build_block(config: ModelConfig, layer: int, **factory: Any) -> Block:
+    """Block number `layer` of the model that `config` describes."""
+    hidden, std = config.hidden_size, config.init_std
+    # Each block adds two branches to the residual stream; scaled down, the stream's variance at the top
+    # does not grow with depth (GPT-2).
+    output_std = std / math.sqrt(2 * config.num_layers)
+    norm = NORMS[config.norm]
+    attention = Attention(
+        hidden,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.kv_heads,
+        head_dim=config.size_per_head,
+        window=config.window_of_layer(layer),
+        qkv_bias=config.qkv_bias,
+        output_bias=config.output_bias,
+        qk_norm_eps=config.norm_eps if config.qk_norm else None,
+        std=std,
+        output_std=output_std,
+        **factory,
+    )
+    mlp = (GatedMLP if config.gated else MLP)(
+        hidden,
+        config.ffn_hidden_size,
+        activation=config.activation,
+        bias=config.mlp_bias,
+        std=std,
+        down_std=output_std,
+        **factory,
+    )
+    eps = config.norm_eps
+    return Block(norm(hidden, eps, **factory), attention, norm(hidden, eps, **factory), mlp)
+
+
+def _count_up(tokens: Tensor, cu_seqlens: Tensor | None, start: int) -> Tensor:
+    """Positions [S] from `start`, or [T] from 0 in each document."""
+    positions = torch.arange(start, start + tokens.shape[-1], device=tokens.device)
+    if cu_seqlens is None:
+        return positions
+    document = torch.searchsorted(cu_seqlens, positions, right=True) - 1
+    return positions - cu_seqlens[document]
+
+
+def _check_layout(tokens: Tensor, cu_seqlens: Tensor | None, cache: list[LayerCache] | None) -> None:
+    packed = tokens.dim() == 1
+    if packed and cu_seqlens is None:
+        raise ValueError("packed tokens [T] need cu_seqlens; unpacked sequences are [B, S]")
+    if not packed and cu_seqlens is not None:
+        raise ValueError(f"cu_seqlens describes packed tokens [T], but the tokens are {list(tokens.shape)}")
+    if packed and cache is not None:
+        raise ValueError("a key/value cache needs tokens as [B, S], not packed [T]")

@@ -1,0 +1,1 @@
+"""What is spread over processes, and how."""

@@ -1,0 +1,107 @@
+"""Pieces: what each parameter holds, in the words of the whole model.
+
+A local parameter may fuse several projections (q, k and v in one matrix), be one shard of a tensor, or be
+padded. None of that is visible outside the process: checkpoints, initialisation and weight decay speak of
+*pieces*, each a canonical name with its global shape and the place of the local part in it. Every element
+of every parameter belongs to exactly one piece; vocabulary padding rows belong to none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+TensorParallel = Literal["sharded", "replicated", "partial"]
+
+
+@dataclass(frozen=True, slots=True)
+class Init:
+    """How a piece starts: normal with standard deviation `std`, all ones or all zeros."""
+
+    kind: Literal["normal", "ones", "zeros"]
+    std: float = 0.0
+
+    @classmethod
+    def normal(cls, std: float) -> Init:
+        """Mean 0, standard deviation `std`."""
+        return cls("normal", std)
+
+    @classmethod
+    def ones(cls) -> Init:
+        """Every element 1."""
+        return cls("ones")
+
+    @classmethod
+    def zeros(cls) -> Init:
+        """Every element 0."""
+        return cls("zeros")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One canonical tensor, or the part of it that a local parameter holds."""
+
+    name: str
+    """Canonical global name, for example ``layers.3.attention.q_proj.weight``."""
+    global_shape: tuple[int, ...]
+    """True shape of the whole tensor: no padding, no sharding."""
+    offset: tuple[int, ...]
+    """Where the local part starts in the global tensor; zeros without tensor parallelism."""
+    rows: tuple[int, int]
+    """[start, stop) along dim 0 of the local parameter that holds the part."""
+    tp: TensorParallel
+    """Its gradient under tensor parallelism: of a shard, equal on all ranks, or to be summed over them."""
+    init: Init
+    decay: bool
+    """Weight decay applies: matrices and embeddings yes; norms and biases no."""
+
+
+@runtime_checkable
+class HasPieces(Protocol):
+    """A module that owns parameters directly declares what they hold."""
+
+    def declare_pieces(self, path: str) -> Iterator[tuple[str, Piece]]:
+        """Yield (parameter's name in this module, piece); `path` is the module's place in the model."""
+        ...
+
+
+def whole(
+    name: str, shape: tuple[int, ...], init: Init, *, tp: TensorParallel, decay: bool, first_row: int = 0
+) -> Piece:
+    """A piece whose tensor lies complete in rows [first_row, first_row + shape[0]) of the parameter."""
+    return Piece(name, shape, (0,) * len(shape), (first_row, first_row + shape[0]), tp, init, decay)
+
+
+def iter_pieces(model: nn.Module) -> Iterator[tuple[nn.Parameter, str, Piece]]:
+    """Yield (parameter, its own dotted name in `model`, piece) for everything the model holds.
+
+    The order is that of `model.named_modules()`, the same in every process. A parameter shared by two
+    modules is yielded once.
+
+    Raises:
+        ValueError: a module owns a parameter that it declares no piece for.
+    """
+    seen: set[nn.Parameter] = set()
+    for path, module in model.named_modules():
+        own = {name: p for name, p in module.named_parameters(recurse=False) if p not in seen}
+        if not own:
+            continue
+        seen.update(own.values())
+        declared = list(module.declare_pieces(path)) if isinstance(module, HasPieces) else []
+        missing = own.keys() - {name for name, _ in declared}
+        if missing:
+            raise ValueError(
+                f"parameters {sorted(missing)} of {path or 'the model'} ({type(module).__name__}) belong to "
+                "no piece: yield one for each from the module's declare_pieces"
+            )
+        for name, piece in declared:
+            if name in own:
+                yield own[name], f"{path}.{name}" if path else name, piece
+
+
+def piece_view(parameter: Tensor, piece: Piece) -> Tensor:
+    """The rows of `parameter` (or of a tensor laid out like it) that hold `piece`; shares its memory."""
+    return parameter[piece.rows[0] : piece.rows[1]]
