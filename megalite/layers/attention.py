@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import megalite_kernels as kernels
 import torch
 from torch import Tensor, nn
 
+import megalite_kernels as kernels
 from megalite.layers.cache import LayerCache
 from megalite.layers.linear import Linear
 from megalite.parallel.pieces import Init, Piece, whole

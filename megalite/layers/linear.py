@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-import megalite_kernels as kernels
 import torch
 from torch import Tensor, nn
 
+import megalite_kernels as kernels
 from megalite.parallel.pieces import Init, Piece, TensorParallel, whole
 
 

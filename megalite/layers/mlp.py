@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-import megalite_kernels as kernels
 from torch import Tensor, nn
 
+import megalite_kernels as kernels
 from megalite.layers.linear import Linear
 
 Activation = Literal["swiglu", "geglu", "gelu_tanh", "relu2"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import megalite_kernels as kernels
 import torch
 from torch import Tensor, nn
 
+import megalite_kernels as kernels
 from megalite.config import IGNORE_INDEX, ModelConfig
 from megalite.errors import UserError
 from megalite.layers.attention import Attention, Context
@@ -90,7 +90,7 @@ class Transformer(nn.Module):
             [..., H] in the parameters' dtype.
 
         Raises:
-            ValueError: packed tokens without `cu_seqlens` or with a cache, or [B, S] tokens with `cu_seqlens`.
+            ValueError: packed tokens without `cu_seqlens` or with a cache; [B, S] tokens with `cu_seqlens`.
         """
         _check_layout(tokens, cu_seqlens, cache)
         if positions is None:
