@@ -1,0 +1,183 @@
+"""Activations of the MLP: swiglu, geglu, gelu, relu². The backward recomputes them from the input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalite_kernels._library import define
+from megalite_kernels.backend import register, register_lazy
+from megalite_kernels.ops import checks
+from megalite_kernels.ops.native_support import NATIVE, native_supports
+from megalite_kernels.reference import activation as reference
+
+
+def swiglu(gate: Tensor, up: Tensor | None = None, *, bias: Tensor | None = None) -> Tensor:
+    """`silu(gate) * up`, with silu(x) = x * sigmoid(x), computed in float32 and rounded once.
+
+    Args:
+        gate: [..., F]; or, without `up`, both in one tensor [..., 2F], gate first.
+        up: like gate.
+        bias: [2F], added to (gate, up) first.
+
+    Returns:
+        [..., F] like gate, contiguous.
+
+    Raises:
+        ValueError: shapes, dtypes or devices don't fit together.
+
+    Saved: gate and up.
+    Source: Shazeer, "GLU Variants Improve Transformer", 2020.
+    """
+    return _gated(gate, up, bias, "silu")
+
+
+def geglu(
+    gate: Tensor, up: Tensor | None = None, *, bias: Tensor | None = None, approximate: str = "tanh"
+) -> Tensor:
+    """`gelu(gate) * up`; arguments as in `swiglu`, `approximate` as in `gelu`."""
+    return _gated(gate, up, bias, _gelu_kind(approximate))
+
+
+def gelu(x: Tensor, *, bias: Tensor | None = None, approximate: str = "tanh") -> Tensor:
+    """`x * Phi(x)`, Phi being the normal distribution function, computed in float32 and rounded once.
+
+    Args:
+        x: any shape [..., F].
+        bias: [F], added to x first.
+        approximate: "tanh" (GPT-2's `gelu_new`) or "none" (exact).
+
+    Raises:
+        ValueError: shapes, dtypes or devices don't fit together, or `approximate` is not known.
+
+    Saved: x (with its bias).
+    Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016.
+    """
+    return _plain(x, bias, _gelu_kind(approximate))
+
+
+def relu_squared(x: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """`max(x, 0)^2`; arguments as in `gelu`. Source: So et al., "Primer", 2021."""
+    return _plain(x, bias, "relu2")
+
+
+def _gelu_kind(approximate: str) -> str:
+    checks.require_option(approximate, ("tanh", "none"), "approximate")
+    return "gelu_tanh" if approximate == "tanh" else "gelu"
+
+
+def _plain(x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    checks.require_float(x=x)
+    if bias is not None:
+        checks.require_shape(bias, (x.shape[-1],), "bias", f"x with {x.shape[-1]} features")
+        checks.require_same_kind(bias, x, "bias", "x")
+        x = x + bias
+    return _Activation.apply(x, kind)  # type: ignore[no-any-return]
+
+
+def _gated(gate: Tensor, up: Tensor | None, bias: Tensor | None, kind: str) -> Tensor:
+    checks.require_float(gate=gate)
+    features = gate.shape[-1] * 2 if up is not None else gate.shape[-1]
+    if bias is not None:
+        checks.require_shape(bias, (features,), "bias", f"gate and up with {features} features together")
+        checks.require_same_kind(bias, gate, "bias", "gate")
+    if up is not None:
+        checks.require_like(up, gate, "up", "gate")
+        if bias is not None:
+            gate, up = gate + bias[: features // 2], up + bias[features // 2 :]
+        return _GatedPair.apply(gate, up, kind)  # type: ignore[no-any-return]
+    if features % 2:
+        raise ValueError(f"gate has {features} features: a packed [gate, up] tensor needs an even number")
+    packed = gate if bias is None else gate + bias
+    return _GatedPacked.apply(packed, kind)  # type: ignore[no-any-return]
+
+
+def packed_forward(packed: Tensor, kind: str) -> Tensor:
+    """Reference of `glu_fwd`."""
+    return reference.gated_forward(*packed.chunk(2, dim=-1), kind).contiguous()
+
+
+def packed_backward(dy: Tensor, packed: Tensor, kind: str) -> Tensor:
+    """Reference of `glu_bwd`."""
+    return torch.cat(reference.gated_backward(dy, *packed.chunk(2, dim=-1), kind), dim=-1)
+
+
+def _fake_packed_forward(packed: Tensor, kind: str) -> Tensor:
+    return packed.new_empty((*packed.shape[:-1], packed.shape[-1] // 2))
+
+
+def _like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+_activation_forward = define("activation_fwd(Tensor x, str kind) -> Tensor", fake=lambda x, kind: _like(x))
+_activation_backward = define(
+    "activation_bwd(Tensor dy, Tensor x, str kind) -> Tensor", fake=lambda dy, x, kind: _like(x)
+)
+_packed_forward = define("glu_fwd(Tensor packed, str kind) -> Tensor", fake=_fake_packed_forward)
+_packed_backward = define(
+    "glu_bwd(Tensor dy, Tensor packed, str kind) -> Tensor", fake=lambda dy, packed, kind: _like(packed)
+)
+_pair_forward = define(
+    "glu_pair_fwd(Tensor gate, Tensor up, str kind) -> Tensor", fake=lambda gate, up, kind: _like(gate)
+)
+_pair_backward = define(
+    "glu_pair_bwd(Tensor dy, Tensor gate, Tensor up, str kind) -> (Tensor, Tensor)",
+    fake=lambda dy, gate, up, kind: (_like(gate), _like(up)),
+)
+for _op, _function, _name in (
+    ("activation_fwd", reference.forward, "forward"),
+    ("activation_bwd", reference.backward, "backward"),
+    ("glu_fwd", packed_forward, "packed_forward"),
+    ("glu_bwd", packed_backward, "packed_backward"),
+    ("glu_pair_fwd", reference.gated_forward, "gated_forward"),
+    ("glu_pair_bwd", reference.gated_backward, "gated_backward"),
+):
+    register(_op, "reference", _function)
+    register_lazy(
+        _op, "cpu", f"megalite_kernels.native.activation:{_name}", requires=NATIVE, supports=native_supports
+    )
+
+
+class _Activation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kind: str) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x)
+        ctx.kind = kind
+        return _activation_forward(x, kind)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return _activation_backward(dy.contiguous(), x, ctx.kind), None
+
+
+class _GatedPacked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, kind: str) -> Tensor:
+        packed = packed.contiguous()
+        ctx.save_for_backward(packed)
+        ctx.kind = kind
+        return _packed_forward(packed, kind)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (packed,) = ctx.saved_tensors
+        return _packed_backward(dy.contiguous(), packed, ctx.kind), None
+
+
+class _GatedPair(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, kind: str) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        ctx.kind = kind
+        return _pair_forward(gate, up, kind)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        gate, up = ctx.saved_tensors
+        return *_pair_backward(dy.contiguous(), gate, up, ctx.kind), None

@@ -1,0 +1,79 @@
+"""AdamW over flat buffers, in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megalite_kernels._library import define
+from megalite_kernels.backend import register, register_lazy
+from megalite_kernels.ops import checks
+from megalite_kernels.ops.native_support import NATIVE, native_supports
+from megalite_kernels.reference import adamw as reference
+
+
+def adamw_(
+    params: Tensor,
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grads: Tensor,
+    *,
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: Tensor,
+    clip_coefficient: Tensor,
+    skip: Tensor,
+) -> None:
+    """One AdamW update of every element of flat buffers, in one pass, written in place.
+
+    With g = clip_coefficient * grads: `m = b1 m + (1 - b1) g`, `v = b2 v + (1 - b2) g^2`,
+    `master = master (1 - lr wd) - lr / (1 - b1^step) * m / (sqrt(v / (1 - b2^step)) + eps)`, and params gets
+    master rounded to its dtype. Where `skip` is true no buffer changes a bit, whatever grads hold.
+
+    Args:
+        params: [n], any float dtype: what the model computes with.
+        master, exp_avg, exp_avg_sq, grads: [n] fp32. `master` may be `params` itself when that is fp32.
+        lr, clip_coefficient: 0-dim tensors on the device (no host round trip, no recompilation).
+        step: 0-dim, number of this update, from 1.
+        skip: 0-dim bool.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or a coefficient is out of its range.
+
+    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019.
+    """
+    checks.require_float(params=params)
+    for name, buffer in (
+        ("params", params), ("master", master), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("grads", grads)
+    ):  # fmt: skip
+        checks.require_shape(buffer, (params.numel(),), name, "a flat buffer like params")
+        checks.require_same_device(buffer, params, name, "params")
+        if not buffer.is_contiguous():
+            raise ValueError(f"{name} has stride {buffer.stride()}: pass a contiguous flat buffer")
+        if buffer is not params and buffer.dtype != torch.float32:
+            raise ValueError(f"{name} has dtype {buffer.dtype}: optimizer state and gradients are fp32")
+    for name, scalar in (("lr", lr), ("step", step), ("clip_coefficient", clip_coefficient), ("skip", skip)):
+        checks.require_shape(scalar, (), name, "a 0-dim tensor on the device")
+        checks.require_same_device(scalar, params, name, "params")
+    for name, value in (("beta1", beta1), ("beta2", beta2)):
+        if not 0.0 <= value < 1.0:
+            raise ValueError(f"{name}={value} must be at least 0 and less than 1")
+    checks.require_range(eps, "eps")
+    checks.require_range(weight_decay, "weight_decay")
+    _step_(
+        params, master, exp_avg, exp_avg_sq, grads, lr, beta1, beta2, eps, weight_decay, step, clip_coefficient, skip
+    )  # fmt: skip
+
+
+_step_ = define(
+    "adamw_(Tensor(a!) params, Tensor(b!) master, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor grads, "
+    "Tensor lr, float beta1, float beta2, float eps, float weight_decay, Tensor step, Tensor clip_coefficient, "
+    "Tensor skip) -> ()",
+    fake=lambda *args: None,
+)
+register("adamw_", "reference", reference.step_)
+register_lazy("adamw_", "cpu", "megalite_kernels.native.adamw:step_", requires=NATIVE, supports=native_supports)

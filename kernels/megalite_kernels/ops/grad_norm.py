@@ -1,0 +1,49 @@
+"""Norm of all gradients at once, the same bits on every run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megalite_kernels._library import define
+from megalite_kernels.backend import register, register_lazy
+from megalite_kernels.ops import checks
+from megalite_kernels.ops.native_support import NATIVE, native_supports
+from megalite_kernels.reference import grad_norm as reference
+
+
+def grad_norm(grads: Tensor | Sequence[Tensor]) -> Tensor:
+    """Euclidean norm over every element of one or several tensors.
+
+    Squares are summed in float64 in an order that depends on the sizes only, so the result has the same bits
+    on every run and for every number of threads. Non-finite gradients give a non-finite norm.
+
+    Args:
+        grads: flat gradient buffers, or any tensors, of float dtype on one device; at least one.
+
+    Returns:
+        0-dim fp32 on the same device.
+
+    Raises:
+        ValueError: no tensor, or dtypes or devices that don't fit.
+    """
+    tensors = [grads] if isinstance(grads, Tensor) else list(grads)
+    if not tensors:
+        raise ValueError("grads is empty: pass at least one gradient tensor")
+    for tensor in tensors:
+        checks.require_float(grads=tensor)
+        checks.require_same_device(tensor, tensors[0], "grads", "the first of them")
+    return _norm([tensor.detach().reshape(-1) for tensor in tensors])  # type: ignore[no-any-return]
+
+
+def _supports(grads: list[Tensor]) -> str | None:
+    return native_supports(*grads)
+
+
+_norm = define(
+    "grad_norm(Tensor[] grads) -> Tensor", fake=lambda grads: grads[0].new_empty((), dtype=torch.float32)
+)
+register("grad_norm", "reference", reference.norm)
+register_lazy("grad_norm", "cpu", "megalite_kernels.native.grad_norm:norm", requires=NATIVE, supports=_supports)

@@ -1,0 +1,75 @@
+"""Linear layer whose weight gradient can be accumulated straight into an fp32 buffer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megalite_kernels._library import define
+from megalite_kernels.backend import register
+from megalite_kernels.ops import checks
+from megalite_kernels.ops.linear_cross_entropy import check_main_grad
+
+
+def linear(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, main_grad: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias`.
+
+    Args:
+        x: [..., I].
+        weight: [O, I] like x.
+        bias: [O] like weight, or None.
+        main_grad: [O, I] fp32; if given, the backward adds `dy.T @ x` into it and `weight` itself gets no
+            gradient. Without it this is torch's own linear.
+
+    Returns:
+        [..., O] like x.
+
+    Raises:
+        ValueError: shapes, dtypes or devices don't fit together.
+
+    Saved: x and weight.
+    """
+    checks.require_float(x=x, weight=weight)
+    checks.require_shape(weight, (weight.shape[0], x.shape[-1]), "weight", f"x with {x.shape[-1]} features")
+    checks.require_same_kind(weight, x, "weight", "x")
+    if bias is not None:
+        checks.require_shape(bias, (weight.shape[0],), "bias", f"weight with {weight.shape[0]} rows")
+        checks.require_same_kind(bias, weight, "bias", "weight")
+    if main_grad is None:
+        return F.linear(x, weight, bias)
+    check_main_grad(main_grad, weight)
+    return _MainGradLinear.apply(x, weight, bias, main_grad)  # type: ignore[no-any-return]
+
+
+def accumulate_(dy: Tensor, x: Tensor, main_grad: Tensor) -> None:
+    """`main_grad += dy.T @ x` for dy [T, O] and x [T, I]; reference of `linear_weight_grad_`."""
+    if main_grad.dtype == dy.dtype:
+        main_grad.addmm_(dy.t(), x)
+    else:
+        main_grad.add_(torch.mm(dy.t(), x))
+
+
+_accumulate_ = define(
+    "linear_weight_grad_(Tensor dy, Tensor x, Tensor(a!) main_grad) -> ()", fake=lambda dy, x, main_grad: None
+)
+register("linear_weight_grad_", "reference", accumulate_)
+
+
+class _MainGradLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.main_grad, ctx.has_bias = main_grad, bias is not None
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        flat = dy.reshape(-1, dy.shape[-1])
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        if ctx.needs_input_grad[1]:
+            _accumulate_(flat, x.reshape(-1, x.shape[-1]), ctx.main_grad)
+        return dx, None, flat.sum(0) if ctx.has_bias else None, None

@@ -1,0 +1,22 @@
+"""What the native CPU library takes, asked before an op is given to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+NATIVE = "megalite_kernels._C"
+"""Module that must import for the "cpu" backend."""
+
+
+def native_supports(*args: Any) -> str | None:
+    """None if every floating-point tensor is bfloat16 or float32 on the CPU, else the reason."""
+    for value in args:
+        if not isinstance(value, torch.Tensor):
+            continue
+        if value.device.type != "cpu":
+            return f"runs on the CPU, a tensor is on {value.device}"
+        if value.is_floating_point() and value.dtype not in (torch.bfloat16, torch.float32):
+            return f"takes bfloat16 and float32, not {value.dtype}"
+    return None
