@@ -103,7 +103,7 @@ def _check_prompt(model: Transformer, prompt_ids: Sequence[int], max_new_tokens:
     strange = [i for i in prompt_ids if not 0 <= i < vocab_size]
     if strange:
         raise UserError(
-            f"token id {strange[0]} of the prompt is outside the model's vocabulary of {vocab_size}"
+            f"token id {strange[0]} of the prompt is not in the model's vocabulary of {vocab_size}"
         )
     limit = model.config.max_position_embeddings
     if len(prompt_ids) + max_new_tokens > limit:
