@@ -1,0 +1,1 @@
+"""The ``megalite`` command line: one file per command."""

@@ -1,0 +1,78 @@
+"""``megalite COMMAND``: finds the command's file, runs it, and turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+
+from megalite import __version__
+from megalite.errors import ExitCode, UserError
+
+COMMANDS = {
+    "data": "megalite.cli.data",
+    "pretrain": "megalite.cli.pretrain",
+    "replay": "megalite.cli.replay",
+    "sample": "megalite.cli.sample",
+    "report": "megalite.cli.report",
+    "export": "megalite.cli.export",
+    "import": "megalite.cli.import_",
+}
+
+EXIT_CODES = """exit codes:
+  0   done
+  1   internal error (a traceback says where)
+  2   bad input, configuration or arguments
+  3   diverged: too many consecutive non-finite steps
+  74  input/output error: disk full, not writable, damaged file
+  75  preempted: a checkpoint was saved, run the same command again"""
+
+
+def main(argv: list[str]) -> int:
+    """Run one command; returns the process's exit code."""
+    if argv in (["--version"], ["-V"]):
+        print(f"megalite {__version__}")
+        return ExitCode.DONE
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        return ExitCode.DONE if argv else ExitCode.BAD_INPUT
+    name, rest = argv[0], argv[1:]
+    if name not in COMMANDS:
+        print(f"megalite: error: unknown command {name!r}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
+        return ExitCode.BAD_INPUT
+    try:
+        code: int = importlib.import_module(COMMANDS[name]).main(rest)
+        return code
+    except UserError as error:
+        return _fail(str(error), error.exit_code)
+    except OSError as error:
+        return _fail(_describe(error), ExitCode.IO_ERROR)
+    except KeyboardInterrupt:
+        return _fail("interrupted", ExitCode.PREEMPTED)
+    except SystemExit as stop:  # the argument parser: help (0) or wrong arguments (2)
+        return stop.code if isinstance(stop.code, int) else ExitCode.BAD_INPUT
+    except Exception:
+        traceback.print_exc()
+        return ExitCode.INTERNAL_ERROR
+
+
+def entry() -> None:
+    """Console script."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"megalite: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _describe(error: OSError) -> str:
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror or error}"
+
+
+def _overview() -> str:
+    lines = ["usage: megalite COMMAND [options]     (megalite COMMAND --help says more)", "", "commands:"]
+    for name, module in COMMANDS.items():
+        lines.append(f"  {name:<10} {importlib.import_module(module).SUMMARY}")
+    return "\n".join([*lines, "", EXIT_CODES])

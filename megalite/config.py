@@ -1,0 +1,498 @@
+"""The whole configuration: frozen dataclasses, every field documented, every check in one place.
+
+Only the standard library is imported here, so any tool can read a configuration. Values derived from
+others are properties, never fields. Files are parsed in ``megalite.cli``; this module turns nested
+dictionaries into dataclasses (`from_dict`) and back (`to_dict`), and refuses unknown keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from megalite.errors import UserError
+
+IGNORE_INDEX = -100
+"""Label of positions that carry no loss (torch's own default)."""
+
+VOCAB_MULTIPLE = 128
+"""Vocabulary rows are padded in memory to a multiple of this, whatever the layout; never in files."""
+
+Family = Literal["gpt2", "llama", "qwen2", "qwen3", "mistral"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _positive(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        _require(value > 0, f"{_label(owner)}.{name}={value} must be greater than 0")
+
+
+def _not_negative(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        _require(value >= 0, f"{_label(owner)}.{name}={value} must not be negative")
+
+
+def _label(owner: object) -> str:
+    return type(owner).__name__.removesuffix("Config").lower() or "config"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the length a model was first trained for."""
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    """Stretch of the positions (8.0 for Llama 3.1)."""
+    low_freq_factor: float = 1.0
+    """llama3: wavelengths longer than original / this are stretched in full."""
+    high_freq_factor: float = 4.0
+    """llama3: wavelengths shorter than original / this are left alone."""
+    original_max_position_embeddings: int = 8192
+    """llama3: the length the unstretched model was trained for."""
+
+    def __post_init__(self) -> None:
+        _require(self.factor >= 1.0, f"model.rope_scaling.factor={self.factor} must be at least 1")
+        _require(
+            self.high_freq_factor > self.low_freq_factor > 0,
+            f"model.rope_scaling needs high_freq_factor={self.high_freq_factor} > "
+            f"low_freq_factor={self.low_freq_factor} > 0",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Shape and ingredients of one decoder-only transformer."""
+
+    family: Family = "llama"
+    """Which Hugging Face architecture its weights are written as."""
+    vocab_size: int = 0
+    """True number of token ids; 0 takes it from the data's tokenizer."""
+    num_layers: int = 6
+    """Transformer blocks."""
+    hidden_size: int = 256
+    """Width of the residual stream (H)."""
+    ffn_hidden_size: int = 704
+    """Width inside the MLP (F)."""
+    num_attention_heads: int = 4
+    """Query heads (N)."""
+    num_key_value_heads: int = 0
+    """Key/value heads (K); 0 means as many as query heads."""
+    head_dim: int = 0
+    """Size of one head (D); 0 means hidden_size / num_attention_heads."""
+    max_position_embeddings: int = 4096
+    """Longest sequence the positions are defined for."""
+    norm: Literal["rms", "layer"] = "rms"
+    """RMSNorm or LayerNorm."""
+    norm_eps: float = 1e-6
+    """Added to the variance inside the norms."""
+    activation: Literal["swiglu", "geglu", "gelu_tanh", "relu2"] = "swiglu"
+    """MLP activation; the gated ones have a gate and an up projection."""
+    position: Literal["rope", "learned"] = "rope"
+    """Rotary or learned absolute positions."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """Stretching of the rotary frequencies, if any."""
+    qkv_bias: bool = False
+    """Biases on the q, k and v projections (GPT-2, Qwen 2)."""
+    output_bias: bool = False
+    """Bias on the attention output projection (GPT-2)."""
+    mlp_bias: bool = False
+    """Biases on the MLP projections (GPT-2)."""
+    qk_norm: bool = False
+    """RMSNorm on each query and key head before the rotation (Qwen 3)."""
+    sliding_window: int = 0
+    """Tokens a query may look back at, itself included; 0 is no limit."""
+    sliding_window_start_layer: int = 0
+    """First layer that uses the sliding window (Qwen 2's max_window_layers); earlier ones see everything."""
+    tie_word_embeddings: bool = False
+    """The output head reuses the embedding matrix."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; output projections get it divided by sqrt(2 * num_layers)."""
+    dropout: float = 0.0
+    """Must stay 0: there is no dropout (it would tie the bits of a run to its layout)."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+        _positive(self, "max_position_embeddings", "norm_eps", "rope_theta", "init_std")
+        _not_negative(self, "vocab_size", "num_key_value_heads", "head_dim", "sliding_window")
+        _not_negative(self, "sliding_window_start_layer")
+        _require(
+            self.dropout == 0.0,
+            f"model.dropout={self.dropout} is not supported: set it to 0. Pre-training passes over its data about "
+            "once, where dropout only costs quality, and its masks would differ between parallel layouts",
+        )
+        _require(
+            self.head_dim > 0 or self.hidden_size % self.num_attention_heads == 0,
+            f"model.hidden_size={self.hidden_size} must be a multiple of "
+            f"model.num_attention_heads={self.num_attention_heads}, or give model.head_dim",
+        )
+        _require(
+            self.num_attention_heads % self.kv_heads == 0,
+            f"model.num_attention_heads={self.num_attention_heads} must be a multiple of "
+            f"model.num_key_value_heads={self.kv_heads}",
+        )
+        _require(
+            self.position != "rope" or self.size_per_head % 2 == 0,
+            f"model.head_dim={self.size_per_head} must be even for rotary positions",
+        )
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads with the default resolved."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def size_per_head(self) -> int:
+        """Head dimension with the default resolved."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def gated(self) -> bool:
+        """The MLP has a gate projection."""
+        return self.activation in ("swiglu", "geglu")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Vocabulary rows held in memory."""
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    def window_of_layer(self, layer: int) -> int:
+        """Sliding window of one layer; 0 is no limit."""
+        return self.sliding_window if layer >= self.sliding_window_start_layer else 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetSpec:
+    """One prepared dataset folder and its share of the training samples."""
+
+    path: str
+    """Folder written by `megalite data prepare`."""
+    weight: float = 1.0
+    """Relative share of samples; weights need not sum to one."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.path), "data.datasets.path must name a prepared dataset folder")
+        _require(self.weight > 0, f"data.datasets.weight={self.weight} of {self.path} must be greater than 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """What the model reads."""
+
+    datasets: tuple[DatasetSpec, ...] = ()
+    """Prepared dataset folders; all must share one tokenizer."""
+    seed: int = 1234
+    """Key of the sample order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) and gradient clipping."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices and embeddings; norms and biases are never decayed."""
+    clip_grad_norm: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "learning_rate", "eps")
+        _not_negative(self, "weight_decay", "clip_grad_norm")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0.0 <= value < 1.0, f"optimizer.{name}={value} must be in [0, 1)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleConfig:
+    """Learning rate over the run. Lengths are in steps, or in tokens where `unit = "tokens"`."""
+
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    """cosine: to the floor over the run; wsd: warm-up, stable, decay; constant: after warm-up."""
+    unit: Literal["steps", "tokens"] = "steps"
+    """What `warmup` and `decay` count."""
+    warmup: int = 100
+    """Linear rise from 0 to the peak."""
+    decay: int = 0
+    """wsd: length of the final decay; 0 takes a fifth of the run."""
+    min_ratio: float = 0.1
+    """Floor as a share of the peak."""
+
+    def __post_init__(self) -> None:
+        _not_negative(self, "warmup", "decay")
+        _require(0.0 <= self.min_ratio <= 1.0, f"schedule.min_ratio={self.min_ratio} must be in [0, 1]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """How the run is spread over processes. dp follows from the number of processes."""
+
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """Collective library; auto is nccl on GPUs and gloo on CPUs."""
+    timeout_s: float = 600.0
+    """Seconds a collective may wait before the run is ended with an error."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "timeout_s")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """Length and batch of the run."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    seq_length: int = 256
+    """Tokens per sample (S)."""
+    micro_batch_size: int = 16
+    """Samples of one forward and backward pass on one process."""
+    global_batch_size: int = 16
+    """Samples of one optimizer step over all processes."""
+    rampup_start: int = 0
+    """Batch-size ramp: samples per step at the start; 0 is no ramp."""
+    rampup_steps: int = 0
+    """Batch-size ramp: steps over which it grows linearly to global_batch_size."""
+    rampup_increment: int = 0
+    """Batch-size ramp: it grows in multiples of this; 0 takes rampup_start."""
+    seed: int = 1
+    """Key of the initial weights."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 compute where a measured GEMM is faster in it, else fp32. Masters and moments are fp32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU of this process if there is one."""
+    threads: int = 0
+    """CPU threads per process; 0 divides the cores among the local processes."""
+    init_from: str = ""
+    """Hugging Face folder whose weights the run starts from."""
+    max_skipped_steps: int = 20
+    """Consecutive non-finite steps after which the run ends as diverged."""
+    spike_sigma: float = 6.0
+    """A loss or gradient norm this many deviations above its recent mean is reported as a spike."""
+    skip_spikes: bool = False
+    """Spikes also skip the update, as non-finite steps always do."""
+    log_interval: int = 10
+    """Steps between progress lines (and between host synchronisations)."""
+    profile: bool = False
+    """Write a torch profiler trace of a few steps into the run directory."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "steps", "seq_length", "micro_batch_size", "global_batch_size")
+        _positive(self, "max_skipped_steps", "spike_sigma", "log_interval")
+        _not_negative(self, "rampup_start", "rampup_steps", "rampup_increment", "threads")
+        _require(
+            self.global_batch_size % self.micro_batch_size == 0,
+            f"train.global_batch_size={self.global_batch_size} must be a multiple of "
+            f"train.micro_batch_size={self.micro_batch_size}",
+        )
+        if self.rampup_start:
+            _require(
+                self.rampup_start % self.micro_batch_size == 0
+                and self.ramp_increment % self.micro_batch_size == 0
+                and self.rampup_start <= self.global_batch_size,
+                f"train.rampup_start={self.rampup_start} and rampup_increment={self.ramp_increment} must be "
+                f"multiples of micro_batch_size={self.micro_batch_size} and start at most at "
+                f"global_batch_size={self.global_batch_size}",
+            )
+            _positive(self, "rampup_steps")
+
+    @property
+    def ramp_increment(self) -> int:
+        """Granularity of the batch-size ramp with the default resolved."""
+        return self.rampup_increment or self.rampup_start
+
+    def batch_size_at(self, step: int) -> int:
+        """Samples of step `step` (0-based), the ramp included."""
+        if not self.rampup_start or step >= self.rampup_steps:
+            return self.global_batch_size
+        span = self.global_batch_size - self.rampup_start
+        grown = span * step // self.rampup_steps // self.ramp_increment * self.ramp_increment
+        return self.rampup_start + grown
+
+    def samples_before(self, step: int) -> int:
+        """Samples consumed by all steps before `step` (0-based): the first sample number of `step`."""
+        if not self.rampup_start:
+            return step * self.global_batch_size
+        ramp = sum(self.batch_size_at(s) for s in range(min(step, self.rampup_steps)))
+        return ramp + max(0, step - self.rampup_steps) * self.global_batch_size
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens consumed by all steps before `step` (0-based)."""
+        return self.samples_before(step) * self.seq_length
+
+    def validate_world(self, dp_size: int) -> None:
+        """Raise if a step's samples cannot be divided over `dp_size` processes."""
+        unit = self.micro_batch_size * dp_size
+        sizes = {self.global_batch_size}
+        if self.rampup_start:
+            sizes |= {self.rampup_start, self.ramp_increment}
+        for size in sorted(sizes):
+            _require(
+                size % unit == 0,
+                f"{size} samples a step cannot be divided over dp={dp_size} processes with "
+                f"train.micro_batch_size={self.micro_batch_size}: use multiples of {unit}, "
+                f"for example train.global_batch_size={-(-size // unit) * unit}",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalConfig:
+    """Validation during and after training."""
+
+    interval: int = 200
+    """Steps between validations; 0 validates only at the end."""
+    max_tokens: int = 65536
+    """Tokens scored at the validations during training; the last one always scores every document."""
+    overlap: float = 0.5
+    """Share of each window that repeats earlier text as context (its labels are not scored again)."""
+    samples: int = 3
+    """Texts sampled at each validation; 0 samples none."""
+    sample_tokens: int = 128
+    """Tokens of each sampled text."""
+    temperature: float = 0.8
+    """Sampling temperature; 0 takes the likeliest token."""
+    prompts: tuple[str, ...] = ("",)
+    """Texts the samples start from, in turn; the empty prompt starts a new document."""
+
+    def __post_init__(self) -> None:
+        _not_negative(self, "interval", "samples", "temperature")
+        _positive(self, "max_tokens", "sample_tokens")
+        _require(0.0 <= self.overlap < 1.0, f"eval.overlap={self.overlap} must be in [0, 1)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """When and how the run is saved."""
+
+    interval: int = 500
+    """Steps between checkpoints; 0 saves only at the end and on SIGTERM/SIGINT."""
+    keep_last: int = 2
+    """Checkpoints kept; 0 keeps all."""
+    asynchronous: bool = True
+    """Write in the background while training goes on."""
+
+    def __post_init__(self) -> None:
+        _not_negative(self, "interval", "keep_last")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """One pre-training run."""
+
+    name: str = "run"
+    """Name of the run."""
+    run_dir: str = ""
+    """Folder of the run; empty is runs/<name>."""
+    preset: str = ""
+    """Model preset that fills [model]; fields given explicitly win."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.train.seq_length <= self.model.max_position_embeddings,
+            f"train.seq_length={self.train.seq_length} must be at most "
+            f"model.max_position_embeddings={self.model.max_position_embeddings}",
+        )
+
+    @property
+    def directory(self) -> str:
+        """Folder of the run with the default resolved."""
+        return self.run_dir or f"runs/{self.name}"
+
+
+T = TypeVar("T")
+
+
+def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
+    """Build a configuration dataclass from nested plain values.
+
+    Raises:
+        UserError: an unknown key (with the nearest known one) or a value of the wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        dotted = f"{where}.{key}" if where else key
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(sorted(known))}"
+            raise UserError(f"unknown key {dotted!r}{hint}")
+        arguments[key] = _convert(hints[key], value, dotted)
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise UserError(f"{where or 'configuration'}: {error}") from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain values of a configuration; fields that are None are left out (TOML has no null)."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            items = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+            return {name: plain(item) for name, item in items if item is not None}
+        if isinstance(value, (tuple, list)):
+            return [plain(item) for item in value]
+        return value
+
+    return plain(config)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` checked against, and converted to, the annotated type `hint`."""
+    origin = typing.get_origin(hint)
+    arguments = typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, where)
+    if dataclasses.is_dataclass(hint):
+        _expect(isinstance(value, dict), where, value, "a table")
+        return from_dict(typing.cast(Any, hint), value, where)
+    if origin is tuple:
+        _expect(isinstance(value, (list, tuple)), where, value, "a list")
+        return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is Literal:
+        _expect(value in arguments, where, value, "one of " + ", ".join(map(repr, arguments)))
+        return value
+    if hint is float:
+        _expect(isinstance(value, (int, float)) and not isinstance(value, bool), where, value, "a number")
+        return float(value)
+    if hint is bool:
+        _expect(isinstance(value, bool), where, value, "true or false")
+        return value
+    if hint is int:
+        _expect(isinstance(value, int) and not isinstance(value, bool), where, value, "a whole number")
+        return value
+    _expect(isinstance(value, hint), where, value, f"a {hint.__name__}")
+    return value
+
+
+def _expect(condition: bool, where: str, value: Any, wanted: str) -> None:
+    if not condition:
+        raise UserError(f"{where}={value!r} must be {wanted}")

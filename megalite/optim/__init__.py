@@ -1,0 +1,1 @@
+"""AdamW over flat buffers, gradient clipping and learning-rate schedules."""

@@ -1,0 +1,1 @@
+"""The trainer and what surrounds a training step: checkpoints, FLOPs, metrics, validation, reports."""

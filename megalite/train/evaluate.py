@@ -1,0 +1,133 @@
+"""Validation: loss and bits per byte on held-out documents, per source, and sampled texts."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import megalite_kernels as kernels
+from megalite.config import IGNORE_INDEX, EvalConfig
+from megalite.data.loader import MicroBatch
+from megalite.data.tokenize import Tokenizer
+from megalite.data.validation import ValidationSet, ValSelection
+from megalite.models.transformer import Transformer
+from megalite.parallel.collectives import all_reduce_sum
+from megalite.parallel.mesh import Mesh
+from megalite.train.generate import generate
+
+
+@torch.no_grad()
+def validate(
+    model: Transformer,
+    validation: ValidationSet,
+    mesh: Mesh,
+    config: EvalConfig,
+    *,
+    seq_length: int,
+    tokens_per_batch: int,
+    complete: bool,
+) -> dict[str, Any]:
+    """Score held-out documents, divided over the data-parallel processes.
+
+    Each document is one text: it begins after an end-of-document token and ends with one, and every token is
+    scored exactly once, in windows of `seq_length` that repeat `config.overlap` of the text before them.
+
+    Args:
+        complete: score everything; otherwise a fixed subset of whole documents of about `config.max_tokens`.
+
+    Returns:
+        The record of ``evals.jsonl`` without step, tokens and samples.
+    """
+    start = time.perf_counter()
+    selection = validation.select(None if complete else config.max_tokens)
+    sums = torch.zeros(2, len(validation.sources), dtype=torch.float64, device=mesh.device)
+    batches = validation.micro_batches(
+        seq_length,
+        config.overlap,
+        tokens_per_batch=tokens_per_batch,
+        dp_rank=mesh.dp.rank,
+        dp_size=mesh.dp.size,
+        selection=selection,
+    )
+    for batch, source_of_segment in batches:
+        batch = batch.to(mesh.device)
+        losses = token_losses(model, batch)
+        lengths = batch.cu_seqlens.long().diff()
+        source = torch.from_numpy(source_of_segment).to(mesh.device).repeat_interleave(lengths)
+        valid = (batch.labels != IGNORE_INDEX).double()
+        sums[0].index_add_(0, source, losses.double() * valid)
+        sums[1].index_add_(0, source, valid)
+    all_reduce_sum(sums, mesh.dp)
+    return _summary(sums, validation.sources, selection, time.perf_counter() - start)
+
+
+def token_losses(model: Transformer, batch: MicroBatch) -> Tensor:
+    """Cross-entropy of every position: fp32 [T], 0 at ignored labels."""
+    hidden = model(
+        batch.tokens, positions=batch.positions, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen
+    )
+    return kernels.linear_cross_entropy(
+        hidden, model.head_weight, batch.labels, ignore_index=IGNORE_INDEX, reduction="none"
+    )
+
+
+def _summary(sums: Tensor, names: list[str], selection: ValSelection, seconds: float) -> dict[str, Any]:
+    losses, counts = sums.cpu().tolist()
+    sources = {
+        name: _score(loss, int(count), int(num_bytes))
+        for name, loss, count, num_bytes in zip(names, losses, counts, selection.bytes, strict=True)
+        if count
+    }
+    total = _score(sum(losses), int(sum(counts)), int(selection.bytes.sum()))
+    return {
+        "val_loss": total["loss"],
+        "val_bits_per_byte": total["bits_per_byte"],
+        "val_tokens": total["tokens"],
+        "val_bytes": total["bytes"],
+        "complete": selection.complete,
+        "seconds": seconds,
+        "sources": sources,
+    }
+
+
+def _score(loss_sum: float, tokens: int, num_bytes: int) -> dict[str, Any]:
+    """Nats per token, and bits per byte of the text that the tokens spell."""
+    return {
+        "loss": loss_sum / tokens if tokens else math.nan,
+        "bits_per_byte": loss_sum / math.log(2.0) / num_bytes if num_bytes else math.nan,
+        "tokens": tokens,
+        "bytes": num_bytes,
+    }
+
+
+def sample_texts(
+    model: Transformer, tokenizer: Tokenizer, config: EvalConfig, *, seed: int
+) -> list[dict[str, Any]]:
+    """Texts the model writes, `config.samples` of them, from the configured prompts in turn."""
+    samples = []
+    for i in range(config.samples):
+        prompt = config.prompts[i % len(config.prompts)] if config.prompts else ""
+        prompt_ids = [tokenizer.eod_id, *tokenizer.encode(prompt)]
+        room = model.config.max_position_embeddings - len(prompt_ids)
+        ids = generate(
+            model,
+            prompt_ids,
+            max_new_tokens=min(config.sample_tokens, room),
+            temperature=config.temperature,
+            seed=seed + i,
+            eod_id=tokenizer.eod_id,
+        )
+        samples.append(
+            {
+                "prompt": prompt,
+                "text": tokenizer.decode(ids),
+                "temperature": config.temperature,
+                "tokens": ids,
+                "new_tokens": len(ids),
+            }
+        )
+    return samples

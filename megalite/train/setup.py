@@ -1,0 +1,288 @@
+"""From a configuration to a trainer that is ready for its next step: fresh, from given weights, or resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import megalite
+from megalite.config import ModelConfig, RunConfig, to_dict
+from megalite.data.dataset import load_datasets, open_prepared
+from megalite.data.loader import TrainLoader
+from megalite.data.tokenize import Tokenizer
+from megalite.data.validation import load_validation
+from megalite.errors import UserError
+from megalite.interop.hf import folder_texts, load_pieces, read_config_json, read_pieces
+from megalite.interop.hf_config import config_from_hf
+from megalite.models.families import hf_tensors
+from megalite.models.transformer import Transformer
+from megalite.optim.adamw import AdamW
+from megalite.parallel.collectives import broadcast_object
+from megalite.parallel.data import FlatBuffers
+from megalite.parallel.mesh import Mesh
+from megalite.parallel.random import initialize
+from megalite.train.checkpoint import latest_checkpoint, load_state, read_manifest, take_snapshot
+from megalite.train.flops import (
+    FlopsPerToken,
+    Precision,
+    choose_precision,
+    flops_per_token,
+    table_peak_tflops,
+)
+from megalite.train.guard import StepGuard
+from megalite.train.memory import keep_freed_pages
+from megalite.train.metrics import Metrics, ProgressLine
+from megalite.train.runlog import RunLog, TensorBoard
+from megalite.train.saver import Saver
+from megalite.train.stop import StopSignal
+from megalite.train.timer import StepTimer
+from megalite.train.trainer import Trainer
+
+FREE_TO_CHANGE = {
+    "": {"name", "run_dir", "preset", "parallel", "eval", "checkpoint"},
+    "train": {
+        "steps", "micro_batch_size", "device", "threads", "log_interval", "profile", "max_skipped_steps", "init_from",
+    },
+}  # fmt: skip
+"""Settings that may differ when a run is continued: they change neither its data nor its arithmetic, or (the
+number of steps) are how a run is prolonged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A trainer and what belongs to the whole run around it."""
+
+    config: RunConfig
+    trainer: Trainer
+    saver: Saver
+    stop: StopSignal
+    precision: Precision
+    flops: FlopsPerToken
+    resumed_from: Path | None
+
+
+def prepare_process(config: RunConfig, mesh: Mesh) -> None:
+    """Settings of the whole process that a run needs: threads, memory, deterministic kernels.
+
+    Called by commands that own their process, never by importing something.
+    """
+    if mesh.device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    else:
+        threads = config.train.threads or max(1, (os.cpu_count() or 1) // mesh.local_size)
+        torch.set_num_threads(threads)
+        keep_freed_pages()
+    torch.use_deterministic_algorithms(True)
+    # The mode above would also fill every new tensor with NaN: 5-10 % of a step, and no use to a tested step.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def build_session(config: RunConfig, mesh: Mesh, *, replay_step: int | None = None) -> Session:
+    """Everything up to the first (or next) step.
+
+    If the run directory holds a checkpoint, the run is resumed from the newest one.
+
+    Args:
+        config: the run.
+        mesh: the processes.
+        replay_step: go back to the newest checkpoint before this (1-based) step, and write no records.
+
+    Raises:
+        UserError: data, weights, checkpoint and configuration do not fit together; the message says which.
+    """
+    prepared = open_prepared(config.data.datasets)
+    tokenizer = prepared[0].tokenizer()
+    config = dataclasses.replace(config, model=settle_model(config, tokenizer))
+    config.train.validate_world(mesh.dp.size)
+    run_dir = Path(config.directory)
+    newest = latest_checkpoint(run_dir / "checkpoints", before_step=replay_step) if mesh.is_first else None
+    found = broadcast_object(newest, mesh.dp)
+    recording = mesh.is_first and replay_step is None
+    manifest = read_manifest(found) if found else None
+    if manifest:
+        check_same_run(manifest["config"], to_dict(config), run_dir)
+        check_tokenizer(manifest["tokenizer_fingerprint"], tokenizer.fingerprint, found)
+    precision = broadcast_object(settle_precision(config, mesh, manifest), mesh.dp)
+
+    model = Transformer(config.model, device=mesh.device)
+    if not manifest:
+        fill_weights(model, config)
+    buffers = FlatBuffers(model, mesh.dp, precision.dtype)
+    optimizer = AdamW(buffers, config.optimizer)
+    guard = StepGuard(mesh.device, sigma=config.train.spike_sigma, skip_spikes=config.train.skip_spikes)
+    step = 0
+    if found and manifest:
+        state = load_state(found, manifest, buffers, hf_tensors(config.model))
+        optimizer.step_count.copy_(state.pop("step_count"))
+        guard.load_state(state)
+        step = manifest["step"]
+    flops = flops_per_token(config.model, config.train.seq_length)
+    saver = Saver(
+        run_dir / "checkpoints", keep=config.checkpoint.keep_last, asynchronous=config.checkpoint.asynchronous
+    )
+    log = RunLog(run_dir, enabled=recording)
+    log.continue_after(step)
+    trainer = Trainer(
+        config=config,
+        mesh=mesh,
+        model=model,
+        buffers=buffers,
+        optimizer=optimizer,
+        guard=guard,
+        loader=TrainLoader(
+            load_datasets(config.data.datasets, seq_length=config.train.seq_length, seed=config.data.seed),
+            micro_batch_size=config.train.micro_batch_size,
+            dp_rank=mesh.dp.rank,
+            dp_size=mesh.dp.size,
+            pin_memory=mesh.device.type == "cuda",
+        ),
+        validation=load_validation(config.data.datasets),
+        tokenizer=tokenizer,
+        metrics=Metrics(
+            config,
+            flops,
+            peak_tflops=table_peak_tflops(mesh.device) or precision.gemm_peak_tflops,
+            num_devices=mesh.world_size,
+            device=mesh.device,
+        ),
+        log=log,
+        tensorboard=TensorBoard(run_dir / "tensorboard", enabled=recording, first_step=step),
+        progress=ProgressLine(config.train.steps, enabled=mesh.is_first, first_step=step),
+        timer=StepTimer(mesh.device),
+        save=lambda done: None,
+        completed_steps=step,
+    )
+    trainer.save = lambda done: save_checkpoint(trainer, saver, precision, done)
+    return Session(config, trainer, saver, StopSignal(mesh), precision, flops, found)
+
+
+def settle_model(config: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The model's configuration with the vocabulary size set, or that of `train.init_from`.
+
+    Raises:
+        UserError: the data has token ids that the model's vocabulary does not, or the given weights belong to
+            another tokenizer.
+    """
+    model = config.model
+    if config.train.init_from:
+        folder = Path(config.train.init_from)
+        model = config_from_hf(read_config_json(folder))
+        if (folder / "tokenizer.json").exists():
+            stored = Tokenizer.load(folder, eod_token=tokenizer.eod_token, add_eod=True)
+            check_tokenizer(stored.fingerprint, tokenizer.fingerprint, folder)
+    if model.vocab_size == 0:
+        model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+    if model.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"model.vocab_size={model.vocab_size} is smaller than the data's tokenizer, which has "
+            f"{tokenizer.vocab_size} ids: set model.vocab_size=0 to take it from the data"
+        )
+    return model
+
+
+def settle_precision(config: RunConfig, mesh: Mesh, manifest: dict[str, Any] | None) -> Precision:
+    """The run's compute type: measured now, or as the checkpoint recorded it."""
+    measured = choose_precision(config.train.precision, mesh.device)
+    if not manifest:
+        return measured
+    chosen = manifest["precision"]["chosen"]
+    return dataclasses.replace(
+        measured, chosen=chosen, reason=f"as in the checkpoint ({manifest['precision']['reason']})"
+    )
+
+
+def fill_weights(model: Transformer, config: RunConfig) -> None:
+    """Initial weights: drawn from the seed, or read from `train.init_from`."""
+    if config.train.init_from:
+        load_pieces(model, read_pieces(config.train.init_from, config.model))
+    else:
+        initialize(model, config.train.seed)
+
+
+def check_same_run(stored: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:
+    """Raise if a run is continued with settings that would make it another run.
+
+    Raises:
+        UserError: naming every field that differs.
+    """
+    differing = []
+    for key in sorted(stored.keys() | now.keys()):
+        if key in FREE_TO_CHANGE[""]:
+            continue
+        old, new = stored.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            free = FREE_TO_CHANGE.get(key, set())
+            names = sorted((old.keys() | new.keys()) - free)
+            differing += [
+                f"{key}.{n}: {old.get(n)!r} then, {new.get(n)!r} now"
+                for n in names
+                if old.get(n) != new.get(n)
+            ]
+        elif old != new:
+            differing.append(f"{key}: {old!r} then, {new!r} now")
+    if differing:
+        raise UserError(
+            f"{run_dir} holds a run with other settings ({'; '.join(differing)}): choose another --run-dir, "
+            "or give the same settings to continue it"
+        )
+
+
+def check_tokenizer(stored: str, now: str, where: Path) -> None:
+    """Raise if weights and data were made with different tokenizers."""
+    if stored != now:
+        raise UserError(
+            f"{where} was made with tokenizer {stored[:12]}, the data with {now[:12]}: prepare the data with the same "
+            "--tokenizer"
+        )
+
+
+def save_checkpoint(trainer: Trainer, saver: Saver, precision: Precision, step: int) -> None:
+    """Snapshot the run after `step` completed steps; the first rank writes it in the background.
+
+    A write that fails (a full disk) ends the run, with every earlier checkpoint intact.
+    """
+    if not trainer.mesh.is_first:
+        return
+    config = trainer.config
+    texts = folder_texts(
+        config.model, tokenizer=trainer.tokenizer.definition, eod_id=trainer.tokenizer.eod_id
+    )
+    snapshot = take_snapshot(
+        trainer.buffers,
+        hf_tensors(config.model),
+        {"step_count": trainer.optimizer.step_count, **trainer.guard.state()},
+        step=step,
+        metadata={
+            "tokens": config.train.tokens_before(step),
+            "samples": config.train.samples_before(step),
+            "config": to_dict(config),
+            "precision": dataclasses.asdict(precision),
+            "tokenizer_fingerprint": trainer.tokenizer.fingerprint,
+            "environment": environment(trainer.mesh),
+        },
+        texts={f"weights/{name}": text for name, text in texts.items()},
+    )
+    saver.save(snapshot)
+    trainer.log.event("checkpoint", step)
+
+
+def environment(mesh: Mesh) -> dict[str, Any]:
+    """What bitwise equality depends on besides the configuration."""
+    device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
+    return {
+        "megalite": megalite.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "device": device,
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "dp": mesh.dp.size,
+    }

@@ -1,0 +1,225 @@
+"""The training loop: tokens → loss → gradients → update, and what happens between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalite.config import IGNORE_INDEX, RunConfig
+from megalite.data.loader import MicroBatch, TrainLoader
+from megalite.data.tokenize import Tokenizer
+from megalite.data.validation import ValidationSet
+from megalite.errors import DivergedError
+from megalite.models.transformer import Transformer
+from megalite.optim.adamw import AdamW
+from megalite.optim.clip import clip_coefficient, parameter_norms
+from megalite.optim.schedule import learning_rate
+from megalite.parallel.collectives import all_reduce_sum
+from megalite.parallel.data import FlatBuffers
+from megalite.parallel.mesh import Mesh
+from megalite.train.evaluate import sample_texts, validate
+from megalite.train.guard import StepGuard
+from megalite.train.metrics import Metrics, ProgressLine, StepResult
+from megalite.train.runlog import RunLog, TensorBoard
+from megalite.train.stop import StopSignal
+from megalite.train.timer import StepTimer
+
+
+@dataclass(slots=True)
+class Trainer:
+    """Everything a step needs, built by `megalite.train.setup`."""
+
+    config: RunConfig
+    mesh: Mesh
+    model: Transformer
+    buffers: FlatBuffers
+    optimizer: AdamW
+    guard: StepGuard
+    loader: TrainLoader
+    validation: ValidationSet | None
+    tokenizer: Tokenizer
+    metrics: Metrics
+    log: RunLog
+    tensorboard: TensorBoard
+    progress: ProgressLine
+    timer: StepTimer
+    save: Callable[[int], None]
+    """Saves a checkpoint of the given number of completed steps."""
+    completed_steps: int = 0
+
+    def train(self, stop: StopSignal, after_step: Callable[[int], None] = lambda step: None) -> bool:
+        """Run the remaining steps; False if a signal ended the run early (a checkpoint was saved).
+
+        Args:
+            stop: asked after every step.
+            after_step: called with the number of completed steps (the profiler's hook).
+
+        Raises:
+            DivergedError: more consecutive steps were skipped than `train.max_skipped_steps`.
+        """
+        total = self.config.train.steps
+        while self.completed_steps < total:
+            result, requests = self.train_step(self.completed_steps, stop)
+            self.metrics.add(result)
+            self.completed_steps = done = result.step
+            after_step(done)
+            stopping = stop.agreed(requests)
+            evaluating = not stopping and _due(done, self.config.eval.interval, total)
+            saving = stopping or _due(done, self.config.checkpoint.interval, total)
+            if evaluating or saving or done % self.config.train.log_interval == 0:
+                self.flush()
+            if evaluating:
+                self.evaluate(done, complete=done == total)
+            if saving:
+                self.save(done)
+            if stopping and done < total:
+                return False
+        return True
+
+    def train_step(self, step: int, stop: StopSignal) -> tuple[StepResult, Tensor]:
+        """One optimizer step (0-based number `step`) over this process's micro-batches.
+
+        The loss is the sum over all valid tokens of the step, on all processes, divided by their number; the
+        number is known before the first backward pass and scales the gradients there. Nothing here waits for
+        the device.
+
+        Returns:
+            The step's results, and the number of processes that want to stop (device scalar).
+        """
+        timer, mesh = self.timer, self.mesh
+        timer.start()
+        batches = self.load(step)
+        timer.mark("data_wait")
+        valid_tokens = all_reduce_sum(count_valid_tokens(batches), mesh.dp)
+        scale = 1.0 / valid_tokens.clamp(min=1).float()
+        timer.mark("communication")
+
+        self.buffers.zero_grad()
+        loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
+        for batch in batches:
+            loss = self.model.loss(
+                batch.tokens,
+                batch.labels,
+                positions=batch.positions,
+                cu_seqlens=batch.cu_seqlens,
+                max_seqlen=batch.max_seqlen,
+            )
+            timer.mark("forward")
+            (loss * scale).backward()
+            loss_sum += loss.detach()
+            timer.mark("backward")
+
+        shared = self.local_report(loss_sum, stop)
+        all_reduce_sum(shared, mesh.dp)
+        self.buffers.reduce_gradients()
+        timer.mark("communication")
+
+        norms = parameter_norms(self.buffers.grad_views())
+        grad_norm = torch.linalg.vector_norm(norms)
+        loss_mean = shared[0] * scale
+        verdict = self.guard.judge(loss_mean, grad_norm, norms)
+        rate = torch.full((), learning_rate(self.config, step), device=mesh.device)
+        clip = clip_coefficient(grad_norm, self.config.optimizer.clip_grad_norm)
+        self.optimizer.step(rate, clip, verdict.skip)
+        timer.mark("optimizer")
+        result = StepResult(step + 1, loss_mean, grad_norm, valid_tokens, shared[2:], verdict, timer.finish())
+        return result, shared[1]
+
+    def load(self, step: int) -> list[MicroBatch]:
+        """This process's micro-batches of a step, on the device; the next step starts loading."""
+        train = self.config.train
+        batches = self.loader.step(train.samples_before(step), train.batch_size_at(step))
+        if step + 1 < train.steps:
+            self.loader.prefetch_step(train.samples_before(step + 1), train.batch_size_at(step + 1))
+        return [batch.to(self.mesh.device) for batch in batches]
+
+    def local_report(self, loss_sum: Tensor, stop: StopSignal) -> Tensor:
+        """What the processes tell each other in a step: float64 [2 + dp].
+
+        The sum of losses, whether this process wants to stop, and one flag per process that is set where its
+        own loss or gradients are not finite (after the reduction everybody's would be).
+        """
+        report = torch.zeros(2 + self.mesh.dp.size, dtype=torch.float64, device=self.mesh.device)
+        norms = [torch.linalg.vector_norm(group.main_grad) for group in self.buffers.groups]
+        finite = torch.isfinite(torch.stack([loss_sum, *(norm.double() for norm in norms)])).all()
+        report[0] = loss_sum
+        report[1] = float(stop.requested)
+        report[2 + self.mesh.dp.rank] = (~finite).double()
+        return report
+
+    def flush(self) -> None:
+        """Bring the finished steps' results to the host: files, progress line, spikes, divergence."""
+        records = self.metrics.flush()
+        if not records:
+            return
+        if not records[-1]["skipped"]:
+            last = records[-1]
+            last["update_ratio"], last["weight_norm"] = self.optimizer.update_ratio(last["learning_rate"])
+        for record in records:
+            if record["skipped"] or record["spike"]:
+                self.report_step(record)
+        self.log.append(RunLog.METRICS, records)
+        self.tensorboard.add_metrics(records)
+        self.progress.update(records)
+        limit = self.config.train.max_skipped_steps
+        consecutive = int(self.guard.consecutive_skips.item())
+        if consecutive >= limit:
+            raise DivergedError(
+                f"the last {consecutive} steps had non-finite losses or gradients (train.max_skipped_steps={limit}): "
+                f"lower optimizer.learning_rate={self.config.optimizer.learning_rate} or lengthen schedule.warmup"
+            )
+
+    def report_step(self, record: dict[str, Any]) -> None:
+        """Log a skipped step or a spike with everything that locates it."""
+        kind = "skip" if record["skipped"] else "spike"
+        details = {
+            "loss": record["loss"],
+            "grad_norm": record["grad_norm"],
+            "rank": record.pop("bad_rank", -1),
+        }
+        bad = record.pop("bad_parameter", -1)
+        details["parameter"] = self.buffers.names()[bad] if bad >= 0 else ""
+        self.log.event(kind, record["step"], **details)
+        where = f", first in {details['parameter']} on rank {details['rank']}" if bad >= 0 else ""
+        self.progress.say(
+            f"step {record['step']}: {kind}, loss {record['loss']}, grad norm {record['grad_norm']}{where}"
+        )
+
+    def evaluate(self, step: int, *, complete: bool) -> None:
+        """Score held-out documents and sample texts; adds a record to evals.jsonl."""
+        if self.validation is None:
+            return
+        train = self.config.train
+        scores = validate(
+            self.model,
+            self.validation,
+            self.mesh,
+            self.config.eval,
+            seq_length=train.seq_length,
+            tokens_per_batch=train.micro_batch_size * train.seq_length,
+            complete=complete,
+        )
+        record = {"step": step, "tokens": train.tokens_before(step), **scores, "samples": []}
+        if self.mesh.is_first:
+            record["samples"] = sample_texts(self.model, self.tokenizer, self.config.eval, seed=train.seed)
+        self.log.append(RunLog.EVALS, [record])
+        self.tensorboard.add_eval(record)
+        part = "all" if scores["complete"] else f"{scores['val_tokens']:,} tokens of"
+        self.progress.say(
+            f"step {step}: validation loss {scores['val_loss']:.4f}, {scores['val_bits_per_byte']:.4f} bits per byte "
+            f"({part} held-out documents, {scores['seconds']:.1f} s)"
+        )
+
+
+def count_valid_tokens(batches: list[MicroBatch]) -> Tensor:
+    """Labels that carry loss, over micro-batches: int64 scalar on the device."""
+    return torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in batches]).sum()
+
+
+def _due(done: int, interval: int, total: int) -> bool:
+    """Something that happens every `interval` steps (0: never) and at the end."""
+    return done == total or (interval > 0 and done % interval == 0)
