@@ -17,7 +17,43 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-COMPILE_FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall"]
+HEADERS = (".h", ".inc")
+# Instruction sets are chosen inside the sources at run time, so one binary runs on every machine of an
+# architecture: never -march=native. Sums keep their order: never -ffast-math.
+COMPILE_FLAGS = [
+    "-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fvisibility=hidden",
+    "-Wall", "-Wextra", "-Wno-psabi",
+]  # fmt: skip
+OPENMP_FLAG = "-fopenmp"
+
+
+def native_extensions() -> list[Extension]:
+    """``megalite_kernels._C``, or nothing where it is unwanted or cannot be built."""
+    bindings = ROOT / "csrc" / "bindings.cpp"
+    if os.environ.get("MEGALITE_NO_NATIVE") == "1" or not bindings.exists():
+        return []
+    include = pybind11_include()
+    if include is None:
+        say_native_missing("pybind11's headers were not found (pip install pybind11)")
+        return []
+    sources = [bindings, *sorted(bindings.parent.glob("cpu/*.cpp"))]
+    headers = sorted(path for path in bindings.parent.rglob("*") if path.suffix in HEADERS)
+    return [
+        Extension(
+            "megalite_kernels._C",
+            sources=[relative(path) for path in sources],
+            depends=[relative(path) for path in headers],
+            include_dirs=["csrc", include],
+            extra_compile_args=[*COMPILE_FLAGS, OPENMP_FLAG],
+            extra_link_args=[OPENMP_FLAG],
+            language="c++",
+            optional=True,
+        )
+    ]
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
 
 
 def pybind11_include() -> str | None:
@@ -33,27 +69,13 @@ def pybind11_include() -> str | None:
     return pybind11.get_include()
 
 
-def native_extensions() -> list[Extension]:
-    """``megalite_kernels._C``, or nothing where it is unwanted or cannot be built."""
-    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("cpu/*.cpp"))
-    bindings = ROOT / "csrc" / "bindings.cpp"
-    if os.environ.get("MEGALITE_NO_NATIVE") == "1" or not bindings.exists():
-        return []
-    include = pybind11_include()
-    if include is None:
-        say_native_missing("pybind11's headers were not found (pip install pybind11)")
-        return []
-    return [
-        Extension(
-            "megalite_kernels._C",
-            sources=[str(bindings.relative_to(ROOT)), *sources],
-            depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")),
-            include_dirs=[include, str(ROOT / "csrc")],
-            extra_compile_args=COMPILE_FLAGS,
-            language="c++",
-            optional=True,
-        )
-    ]
+def compile_in_parallel() -> None:
+    """Compile the files of an extension side by side, where pybind11's own package is there to do it."""
+    try:
+        from pybind11.setup_helpers import ParallelCompile
+    except ImportError:
+        return
+    ParallelCompile("MEGALITE_BUILD_JOBS").install()
 
 
 def say_native_missing(reason: str) -> None:
@@ -69,13 +91,22 @@ class OptionalBuildExt(build_ext):
     """Builds the native library; a failure is one clear sentence and an installation without it."""
 
     def build_extension(self, ext: Extension) -> None:
-        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # a failed build must not leave an older one
+        Path(self.get_ext_fullpath(ext.name)).unlink(
+            missing_ok=True
+        )  # an older one must not outlive a failure
         try:
             super().build_extension(ext)
-        except Exception as error:  # every compiler, linker and platform failure means the same: without it
-            say_native_missing(f"the C++ compiler failed ({error})")
+        except Exception:  # every compiler, linker and platform failure means the same: try the next simpler
+            print("megalite: trying again without OpenMP (one thread per native kernel)", file=sys.stderr)
+            ext.extra_compile_args.remove(OPENMP_FLAG)
+            ext.extra_link_args.remove(OPENMP_FLAG)
+            try:
+                super().build_extension(ext)
+            except Exception as error:
+                say_native_missing(f"the C++ compiler failed ({error})")
 
 
+compile_in_parallel()
 setup(
     packages=[
         *find_packages(".", include=["megalite", "megalite.*"]),

@@ -123,7 +123,7 @@ install_packages() { # extras, comma-separated or empty
 native_key() {
     {
         cat setup.py
-        if [ -d csrc ]; then find csrc -type f \( -name '*.cpp' -o -name '*.h' \) -exec cksum {} + | sort; fi
+        if [ -d csrc ]; then find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.inc' \) -exec cksum {} + | sort; fi
         "$PY" -c 'import sys, sysconfig; print(sys.version, sysconfig.get_config_var("EXT_SUFFIX"))'
         command -v "${CXX:-c++}" || echo "no compiler"
         echo "${MEGALITE_NO_NATIVE:-}"

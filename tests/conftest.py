@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def rank_pool() -> Iterator[Callable[[int], RankPool]]:
-    """``rank_pool(world_size).run(fn, *args)`` runs ``fn`` on 2, 4 or 8 gloo ranks that live for the session."""
+    """``rank_pool(world_size).run(fn, *args)`` calls ``fn`` on 2, 4 or 8 gloo ranks kept for the session."""
     pools = {size: RankPool(size) for size in WORLD_SIZES}
 
     def pool_of(world_size: int) -> RankPool:

@@ -1,10 +1,10 @@
 """A gloo process group that lives as long as the test session, so that a distributed test costs milliseconds.
 
-Spawning ranks, importing torch in each and connecting them takes seconds; sending a function to ranks that are
-waiting takes none. ``RankPool.run`` sends one, and gives back what each rank returned. Whatever goes wrong in
-a rank is an error in the test, with that rank's own traceback: an exception, a death (with its signal), or a
-hang (with the stack of every rank that did not answer). After a failure the group cannot be trusted, so its
-processes are killed, and the next ``run`` starts new ones.
+Spawning ranks, importing torch in each and connecting them takes seconds; sending a function to ranks that
+wait takes none. ``RankPool.run`` sends one, and gives back what each rank returned. Whatever goes wrong in a
+rank is an error in the test, with that rank's own words: an exception with its traceback, a death with its
+signal, or a hang with the stack of every rank that did not answer. After a failure the group cannot be
+trusted, so its processes are killed, and the next ``run`` starts new ones.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ class RankPool:
         self._ranks: list[_Rank] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
-    def run(self, fn: Callable[..., Any], *args: Any, timeout: float | None = None, seed: int = 0) -> list[Any]:
+    def run(
+        self, fn: Callable[..., Any], *args: Any, timeout: float | None = None, seed: int = 0
+    ) -> list[Any]:
         """Call ``fn(*args)`` on every rank at once.
 
         ``fn`` is a module-level function; it asks ``torch.distributed`` for its rank. The same seed is set on
@@ -73,14 +75,18 @@ class RankPool:
         try:
             job = pickle.dumps((fn, args, seed))
         except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise TypeError(f"{fn!r} and its arguments must be picklable, fn at module level: {error}") from error
+            raise TypeError(
+                f"{fn!r} and its arguments must be picklable, fn at module level: {error}"
+            ) from error
         limit = self.timeout if timeout is None else timeout
         try:
             self._start()
             for rank in self._ranks:
                 rank.pipe.send_bytes(job)
             return self._collect(limit)
-        except BaseException:  # a KeyboardInterrupt or a test's own timeout leaves ranks in mid-collective too
+        except (
+            BaseException
+        ):  # a KeyboardInterrupt or a test's own timeout leaves ranks in mid-collective too
             self._kill()
             raise
 
@@ -120,7 +126,9 @@ class RankPool:
         failures: dict[int, str] = {}
         deadline = time.monotonic() + timeout
         while len(results) + len(failures) < self.world_size:
-            waiting = [rank for rank in self._ranks if rank.index not in results and rank.index not in failures]
+            waiting = [
+                rank for rank in self._ranks if rank.index not in results and rank.index not in failures
+            ]
             ready = connection.wait([rank.pipe for rank in waiting], max(0.0, deadline - time.monotonic()))
             if not ready:
                 break
@@ -134,7 +142,9 @@ class RankPool:
             return [results[index] for index in range(self.world_size)]
         silent = [rank for rank in self._ranks if rank.index not in results and rank.index not in failures]
         if not failures:  # with a failure elsewhere, silence is only its consequence
-            failures = {rank.index: f"no answer within {timeout:g} s; it was here:\n{rank.stack()}" for rank in silent}
+            failures = {
+                rank.index: f"no answer within {timeout:g} s; it was here:\n{rank.stack()}" for rank in silent
+            }
         parts = [f"rank {index} of {self.world_size}: {text}" for index, text in sorted(failures.items())]
         raise RankFailure("\n".join(parts))
 
@@ -147,7 +157,9 @@ class _Rank:
         self.pipe, theirs = context.Pipe()
         self._stack_file = folder / f"stack_{index}"
         self.process = context.Process(
-            target=_serve, args=(theirs, index, world_size, str(folder / "store"), str(self._stack_file)), daemon=True
+            target=_serve,
+            args=(theirs, index, world_size, str(folder / "store"), str(self._stack_file)),
+            daemon=True,
         )
         self.process.start()
         theirs.close()
@@ -159,7 +171,11 @@ class _Rank:
         except (EOFError, ConnectionError):
             self.process.join(timeout=10)
             code = self.process.exitcode
-            how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+            how = (
+                f"signal {signal.Signals(-code).name}"
+                if code is not None and code < 0
+                else f"exit code {code}"
+            )
             return True, f"the process died ({how})"
 
     def stack(self) -> str:
@@ -189,7 +205,11 @@ def _serve(pipe: connection.Connection, rank: int, world_size: int, store: str, 
         answer: tuple[bool, Any] = (False, None)
         try:
             dist.init_process_group(
-                "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(minutes=10)
+                "gloo",
+                init_method=f"file://{store}",
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(minutes=10),
             )
         except Exception:
             answer = (True, traceback.format_exc())
@@ -219,7 +239,7 @@ def _run_job(job: bytes) -> bytes:
 
 
 def _destroy_groups() -> None:
-    """Each group holds threads and sockets; hundreds of tests would exhaust them. The list is private to torch."""
+    """Groups hold threads and sockets, and tests make hundreds of them. (The list is private to torch.)"""
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
