@@ -19,10 +19,8 @@ from megalite.parallel.pieces import Init, Piece, whole
 class Context:
     """Where the tokens stand, the same for all layers."""
 
-    cos: Tensor | None = None
-    """[S or T, D/2] or [B, S, D/2] cosines of the rotary angles; None for learned positions."""
-    sin: Tensor | None = None
-    """Sines, shaped like `cos`."""
+    rotary: tuple[Tensor, Tensor] | None = None
+    """Cosines and sines of the angles, each [S or T, D/2] or [B, S, D/2]; None for learned positions."""
     cu_seqlens: Tensor | None = None
     """[segments + 1] int32: where each document of a packed batch starts; None for [B, S] batches."""
     max_seqlen: int | None = None
@@ -84,9 +82,10 @@ class Attention(nn.Module):
         self.qkv_proj = Linear(hidden_size, qkv, bias=qkv_bias, std=std, split="column", **factory)
         output = {"o_proj": hidden_size}
         self.o_proj = Linear(self.q_size, output, bias=output_bias, std=output_std, split="row", **factory)
-        normed = qk_norm_eps is not None
-        self.q_norm = HeadNorm(head_dim, qk_norm_eps, **factory) if normed else None
-        self.k_norm = HeadNorm(head_dim, qk_norm_eps, **factory) if normed else None
+        self.q_norm = self.k_norm = None
+        if qk_norm_eps is not None:
+            self.q_norm = HeadNorm(head_dim, qk_norm_eps, **factory)
+            self.k_norm = HeadNorm(head_dim, qk_norm_eps, **factory)
 
     def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         """[B, S, H] → [B, S, H], or packed [T, H] → [T, H].
@@ -97,8 +96,8 @@ class Attention(nn.Module):
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if context.cos is not None:
-            q, k = kernels.rope(q, k, context.cos, context.sin)
+        if context.rotary is not None:
+            q, k = kernels.rope(q, k, *context.rotary)
         if cache is not None:
             k, v = cache.append(k, v)
         out = kernels.attention(

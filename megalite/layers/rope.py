@@ -1,6 +1,9 @@
-"""Rotary positions: the angle tables. The rotation itself is `megalite_kernels.rope`.
+"""Rotary positions: frequencies and angle tables. The rotation itself is `megalite_kernels.rope`.
 
-Source: Su et al., arXiv 2104.09864; "llama3" stretching as published with Llama 3.1.
+Frequencies are computed in float32 even where the model is wider, because that is what published models
+were trained with.
+
+Source: Su et al., arXiv 2104.09864; the stretched forms: Chen et al., arXiv 2306.15595, and Llama 3.1.
 """
 
 from __future__ import annotations
@@ -10,34 +13,37 @@ import math
 import torch
 from torch import Tensor
 
-from megalite.config import RopeScaling
 
-
-def rope_frequencies(
-    head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device | None = None
-) -> Tensor:
-    """Angle per position of each rotated pair: theta ** (-2i / D), stretched by `scaling`.
-
-    Computed in float32 even where the model is wider, because published models were trained with the
-    float32 values.
-
-    Returns:
-        [D/2] float32.
-    """
+def rope_frequencies(head_dim: int, theta: float, device: torch.device | None = None) -> Tensor:
+    """Angle per position of each rotated pair, theta ** (-2i / D): [D/2] float32."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    frequencies = 1.0 / theta**exponents
-    if scaling is None:
-        return frequencies
-    stretched = frequencies / scaling.factor
-    if scaling.kind == "linear":
-        return stretched
-    # Wavelengths that fit many times into the original length are kept, those that don't fit are
-    # stretched, and the ones between go smoothly from one to the other.
-    turns = scaling.original_max_position_embeddings / (2 * math.pi / frequencies)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = (turns - low) / (high - low)
-    blended = (1 - kept) * frequencies / scaling.factor + kept * frequencies
-    return torch.where(turns < low, stretched, torch.where(turns > high, frequencies, blended))
+    return 1.0 / theta**exponents
+
+
+def stretch_linear(frequencies: Tensor, factor: float) -> Tensor:
+    """Frequencies of a model whose positions are squeezed by `factor`."""
+    return frequencies / factor
+
+
+def stretch_llama3(
+    frequencies: Tensor,
+    factor: float,
+    *,
+    low_freq_factor: float,
+    high_freq_factor: float,
+    original_length: int,
+) -> Tensor:
+    """Stretch the long wavelengths only.
+
+    A pair that turns more than `high_freq_factor` times within `original_length` keeps its frequency, one
+    that turns less than `low_freq_factor` times is stretched by `factor`, and those between go smoothly from
+    one to the other.
+    """
+    turns = original_length / (2 * math.pi / frequencies)
+    kept = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
+    blended = (1 - kept) * frequencies / factor + kept * frequencies
+    stretched = torch.where(turns < low_freq_factor, frequencies / factor, blended)
+    return torch.where(turns > high_freq_factor, frequencies, stretched)
 
 
 def rope_tables(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from megalite.layers.cache import LayerCache
 from megalite.layers.embedding import Embedding
 from megalite.layers.mlp import MLP, GatedMLP
 from megalite.layers.norm import NORMS
-from megalite.layers.rope import rope_frequencies, rope_tables
+from megalite.layers.rope import rope_frequencies, rope_tables, stretch_linear, stretch_llama3
 
 
 class Transformer(nn.Module):
@@ -49,7 +49,7 @@ class Transformer(nn.Module):
             )
         factory: dict[str, Any] = {"dtype": dtype, "device": device}
         hidden, std = config.hidden_size, config.init_std
-        vocabulary = {"padded_rows": config.padded_vocab_size, "tp": "sharded", "std": std}
+        vocabulary: dict[str, Any] = {"padded_rows": config.padded_vocab_size, "tp": "sharded", "std": std}
         self.config = config
         self.embedding = Embedding(config.vocab_size, hidden, **vocabulary, **factory)
         self.position_embedding = None
@@ -98,21 +98,17 @@ class Transformer(nn.Module):
         x = self.embedding(tokens)
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
-        cos, sin = self._rope(positions, x.dtype)
-        context = Context(cos, sin, cu_seqlens, max_seqlen)
+        context = Context(self._rotary(positions, x.dtype), cu_seqlens, max_seqlen)
         residual = None
         for i, layer in enumerate(self.layers):
             x, residual = layer(x, residual, context, cache[i] if cache else None)
         return self.final_norm(x, residual)[0]
 
-    def _rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    def _rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """Angle tables of this pass: a cosine and a sine per token and pair cost less than keeping them."""
         if self.config.position != "rope":
-            return None, None
-        config = self.config
-        frequencies = rope_frequencies(
-            config.size_per_head, config.rope_theta, config.rope_scaling, positions.device
-        )
-        return rope_tables(positions, frequencies, dtype)
+            return None
+        return rope_tables(positions, _frequencies(self.config, positions.device), dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] → [..., V] over the true vocabulary."""
@@ -178,6 +174,22 @@ def build_block(config: ModelConfig, layer: int, **factory: Any) -> Block:
     )
     eps = config.norm_eps
     return Block(norm(hidden, eps, **factory), attention, norm(hidden, eps, **factory), mlp)
+
+
+def _frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    frequencies = rope_frequencies(config.size_per_head, config.rope_theta, device)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return stretch_linear(frequencies, scaling.factor)
+    return stretch_llama3(
+        frequencies,
+        scaling.factor,
+        low_freq_factor=scaling.low_freq_factor,
+        high_freq_factor=scaling.high_freq_factor,
+        original_length=scaling.original_max_position_embeddings,
+    )
 
 
 def _count_up(tokens: Tensor, cu_seqlens: Tensor | None, start: int) -> Tensor:

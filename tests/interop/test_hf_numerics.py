@@ -91,7 +91,8 @@ def test_loss_is_the_sum_of_transformers_token_losses(pair):
     logits = theirs(tokens).logits
     expected = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
     loss = ours.loss(tokens, labels)
-    assert loss.dtype == torch.float32 and loss.shape == ()
+    assert loss.dtype == torch.float32
+    assert loss.shape == ()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     expected.backward()
     loss.backward()
