@@ -150,7 +150,10 @@ def _evals(kind: Kind, steps: int, losses: np.ndarray, sources: int) -> list[dic
                 "step": step, "tokens": step * BATCH_TOKENS, "val_loss": loss, "val_bits_per_byte": bits,
                 "val_tokens": 155_000, "val_bytes": 512_000, "complete": step == steps, "seconds": 3.1,
                 "sources": {
-                    name: {"loss": loss, "bits_per_byte": bits * (0.85 + 0.25 * i), "tokens": 70_000, "bytes": 230_000}
+                    name: {
+                        "loss": loss, "bits_per_byte": bits * (0.85 + 0.25 * i),
+                        "tokens": 70_000, "bytes": 230_000,
+                    }
                     for i, name in enumerate(names)
                 } if math.isfinite(loss) else {},
                 "samples": _samples(step / steps),
