@@ -206,9 +206,7 @@ def test_errors():
     model = make(CONFIGS["llama"])
     with pytest.raises(ValueError, match=r"packed tokens \[T\] need cu_seqlens"):
         model(random_tokens(8))
-    with pytest.raises(
-        ValueError, match=r"cu_seqlens describes packed tokens \[T\], but the tokens are \[1, 8\]"
-    ):
+    with pytest.raises(ValueError, match=r"packed tokens \[T\], but the tokens are \[1, 8\]"):
         model(random_tokens(1, 8), cu_seqlens=torch.tensor([0, 8], dtype=torch.int32))
     with pytest.raises(ValueError, match=r"a key/value cache needs tokens as \[B, S\]"):
         model(random_tokens(8), cu_seqlens=CU_SEQLENS, cache=model.new_cache(1, 8))
