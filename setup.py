@@ -102,8 +102,8 @@ class OptionalBuildExt(build_ext):
             ext.extra_link_args.remove(OPENMP_FLAG)
             try:
                 super().build_extension(ext)
-            except Exception as error:
-                say_native_missing(f"the C++ compiler failed ({error})")
+            except Exception:
+                say_native_missing("the C++ compiler failed (its messages are above)")
 
 
 compile_in_parallel()
