@@ -13,7 +13,8 @@ import tyro
 
 from megalite.cli.config_file import config_from_file, parse
 from megalite.config import DatasetSpec, TrainConfig
-from megalite.data.prepare import PrepareOptions, prepare
+from megalite.data.prepare import prepare
+from megalite.data.stages import PrepareOptions
 from megalite.errors import ExitCode, UserError
 
 SUMMARY = "prepare text for training, inspect it, name the documents of a step"
@@ -32,8 +33,8 @@ class PrepareArguments:
 
     Inputs are files and folders of .txt, .md, source code, .jsonl, .jsonl.gz, .jsonl.zst and .parquet, or a
     built-in corpus: stdlib (the Python standard library), torch (its source), botocore (English prose; needs
-    that package). Killed at any moment, the same command goes on where it stopped. A text or source file is one
-    document; exact duplicates are dropped; documents chosen by their hash are held out for validation.
+    that package). Killed at any moment, the same command goes on where it stopped. A text or source file is
+    one document; exact duplicates are dropped; documents chosen by their hash are held out for validation.
     """
 
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
@@ -45,7 +46,7 @@ class PrepareArguments:
     text_key: str = "text"
     """Key of JSON lines, or column of Parquet files, that holds the text."""
     tokenizer: str = ""
-    """A tokenizer.json, or a folder with one; empty trains a byte-level BPE on a sample of the training text."""
+    """A tokenizer.json, or a folder with one; empty trains a byte-level BPE on sampled training text."""
     vocab_size: int = 4096
     """Size of the tokenizer that is trained (without --tokenizer)."""
     eod_token: str = "<|endoftext|>"
@@ -61,7 +62,8 @@ class PrepareArguments:
     seed: int = 1234
     """Key of that sample."""
     on_error: Literal["stop", "skip"] = "stop"
-    """Unreadable input (bad UTF-8, torn lines, truncated files): stop with its place, or skip, report and count."""
+    """Unreadable input (bad UTF-8, torn lines, truncated files): stop with its place, or skip, report and
+    count."""
     workers: int = 0
     """Processes; 0 takes one per core."""
     overwrite: bool = False
@@ -212,13 +214,10 @@ def _who(argv: list[str]) -> int:
     blend = load_datasets(datasets, seq_length=train.seq_length, seed=seed)
     first = train.samples_before(arguments.step - 1)
     entries = documents_of_samples(blend, first, train.batch_size_at(arguments.step - 1))
-    print(
-        f"step {arguments.step}: samples {first:,} to {first + len(entries) - 1:,} of {train.seq_length} tokens"
-    )
+    last = first + len(entries) - 1
+    print(f"step {arguments.step}: samples {first:,} to {last:,}, {train.seq_length} tokens each")
     for entry in entries:
-        print(
-            f"sample {entry['sample']:,}: {entry['dataset']} sample {entry['index']:,}, token {entry['start']:,} on"
-        )
+        print(f"sample {entry['sample']:,}: {entry['dataset']} from token {entry['start']:,}")
         for document in entry["documents"]:
             print(f"  {_place(document)}")
     if arguments.json:

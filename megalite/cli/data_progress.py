@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 
 
 class StageProgress:
-    """Implements `megalite.data.prepare.Progress` with rich; a context manager."""
+    """Implements `megalite.data.stages.Progress` with rich; a context manager."""
 
     def __init__(self) -> None:
         self._console = Console(file=sys.stderr)

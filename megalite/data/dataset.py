@@ -48,7 +48,8 @@ class PreparedDataset:
     """One prepared folder: what dataset.json says, and access to its files.
 
     Raises:
-        UserError: the folder is missing, unfinished, of another version, or its files disagree with dataset.json.
+        UserError: the folder is missing, unfinished, of another version, or its files disagree with
+        dataset.json.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -77,8 +78,8 @@ class PreparedDataset:
         tokenizer = Tokenizer.load(self.path / TOKENIZER_FILE, eod_token=self.eod_token)
         if tokenizer.fingerprint != self.tokenizer_fingerprint:
             raise UserError(
-                f"{self.path / TOKENIZER_FILE} has fingerprint {tokenizer.fingerprint[:12]}, but the data was encoded "
-                f"with {self.tokenizer_fingerprint[:12]}: restore the file or prepare the dataset again"
+                f"{self.path / TOKENIZER_FILE} has fingerprint {tokenizer.fingerprint[:12]}, but the data "
+                f"was encoded with {self.tokenizer_fingerprint[:12]}: restore the file or prepare again"
             )
         return tokenizer
 
@@ -89,7 +90,7 @@ class PreparedDataset:
         if (reader.documents, reader.tokens) != (expected.documents, expected.tokens):
             raise UserError(
                 f"{reader.idx_path} holds {reader.documents} documents and {reader.tokens} tokens, but "
-                f"{self.path / INFO_FILE} says {expected.documents} and {expected.tokens}: prepare the dataset again"
+                f"{self.path / INFO_FILE} says {expected.documents} and {expected.tokens}: prepare it again"
             )
         return reader
 
@@ -204,8 +205,8 @@ class TokenStream:
             bad = int(np.argmax((out >= self.vocab_size) | (out < 0)))
             offset = (start + bad) % self.reader.tokens * self.reader.dtype.itemsize
             raise UserError(
-                f"{self.reader.bin_path}: token {int(out[bad])} at byte {offset} is not below the vocabulary size "
-                f"{self.vocab_size}: the file does not belong to this tokenizer"
+                f"{self.reader.bin_path}: token {int(out[bad])} at byte {offset} is not below the vocabulary "
+                f"size {self.vocab_size}: the file does not belong to this tokenizer"
             )
         return out
 
@@ -221,7 +222,7 @@ class TokenStream:
         return tokens, labels, np.unique(starts[starts < seq_length]), first, last
 
     def _document_ends(self, start: int, seq_length: int) -> tuple[npt.NDArray[np.int64], int, int]:
-        """Ends (exclusive, relative to `start`) in 1 … S of the documents in the piece; its outer documents."""
+        """Document ends (exclusive, relative to `start`) in 1 … S of a piece, and its outer documents."""
         reader = self.reader
         first = reader.locate(start)
         parts, base, document = [], -start, first
@@ -310,10 +311,11 @@ def open_prepared(specs: Sequence[DatasetSpec]) -> list[PreparedDataset]:
         )
     prepared = [PreparedDataset(spec.path) for spec in specs]
     for other in prepared[1:]:
-        if other.tokenizer_fingerprint != prepared[0].tokenizer_fingerprint:
+        first = prepared[0]
+        if other.tokenizer_fingerprint != first.tokenizer_fingerprint:
             raise UserError(
-                f"{other.path} was encoded with tokenizer {other.tokenizer_fingerprint[:12]}, {prepared[0].path} with "
-                f"{prepared[0].tokenizer_fingerprint[:12]}: prepare both with the same --tokenizer"
+                f"{other.path} was encoded with tokenizer {other.tokenizer_fingerprint[:12]}, {first.path} with "
+                f"{first.tokenizer_fingerprint[:12]}: prepare both with the same --tokenizer"
             )
     return prepared
 

@@ -21,7 +21,8 @@ from megalite.errors import UserError
 PARTITION = 1 << 19
 """Documents per partition: about 60 MiB while it is sorted."""
 MAX_VALIDATION_SHARE = 0.05
-"""Validation takes at most this share of the text; the single smallest eligible hash may exceed it (see below)."""
+"""Validation takes at most this share of the text; the single smallest eligible hash may exceed it (see
+below)."""
 MAX_SINGLE_SHARE = 0.2
 FLAGS_FILE = "duplicates.u8"
 RESULT_FILE = "dedup.json"
@@ -152,9 +153,10 @@ class _ThresholdChooser:
             count = 1  # a corpus of few documents: one held-out document is better than none
         if count == 0:
             raise UserError(
-                f"no document can be held out for validation: none of at most {self._rule.max_document_bytes} bytes is "
-                f"small beside the {corpus_bytes} bytes of text. Use a smaller --max-document-bytes (long texts "
-                "are cut there), a larger --validation-max-document-bytes, more text, or --validation-bytes 0"
+                "no document can be held out for validation: none of at most "
+                f"{self._rule.max_document_bytes} bytes is small beside the {corpus_bytes} bytes of text. Use a "
+                "smaller --max-document-bytes (long texts are cut there), a larger "
+                "--validation-max-document-bytes, more text, or --validation-bytes 0"
             )
         hashes = self._smallest["split"]
         threshold = int(hashes[count]) if count < hashes.size else int(hashes[count - 1]) + 1

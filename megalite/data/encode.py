@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -14,11 +15,11 @@ import numpy as np
 
 from megalite.data.dataset import DOCUMENT_RECORD, SPLITS, Split
 from megalite.data.dedup import FLAGS_FILE, is_validation
+from megalite.data.documents import CorruptInputError, Document, ReadOptions
 from megalite.data.files import read_json, write_json
 from megalite.data.indexed import Array, token_dtype
 from megalite.data.order import key, mix
 from megalite.data.plan import Unit, read_unit
-from megalite.data.readers import CorruptInputError, Document, ReadOptions
 from megalite.data.scan import content_hash, hash_chunks, is_empty
 from megalite.data.tokenize import Tokenizer
 from megalite.errors import UserError
@@ -113,19 +114,17 @@ def encode_unit(task: EncodeTask) -> EncodeResult:
     tokenizer = Tokenizer.load(task.tokenizer, eod_token=task.eod_token)
     result = EncodeResult(splits={split: {} for split in SPLITS})
     prefix = Path(task.folder) / f"{task.base.unit.number:06d}"
-    streams: dict[str, tuple[BinaryIO, BinaryIO]] = {}
-    try:
-        for split in SPLITS:
-            streams[split] = (
-                open(f"{prefix}.{split}.tokens", "wb"),
-                open(f"{prefix}.{split}.documents", "wb"),
+    with ExitStack() as stack:
+        streams = {
+            split: tuple(
+                stack.enter_context(open(f"{prefix}.{split}.{part}", "wb"))
+                for part in ("tokens", "documents")
             )
+            for split in SPLITS
+        }
         for split, batch in _batches(task.base):
-            _encode_batch(tokenizer, batch, *streams[split], result)
-    finally:
-        for pair in streams.values():
-            for stream in pair:
-                stream.close()
+            tokens, documents = streams[split]
+            _encode_batch(tokenizer, batch, tokens, documents, result)
     result.busy_s = time.process_time() - began
     write_json(Path(f"{prefix}.json"), asdict(result))
     return result

@@ -12,11 +12,13 @@ Layout, little endian (``.bin`` is raw tokens back to back, no header; this is t
     34 + 4 S        8 S    i64 byte offset of each sequence in the ``.bin``
     34 + 12 S       8 D    i64 first sequence of each document, and S at the end
 
-Source: ``megatron/core/datasets/indexed_dataset.py`` of Megatron-LM (read by megatron-core 0.16.1 in the tests).
+Source: ``megatron/core/datasets/indexed_dataset.py`` of Megatron-LM (read by megatron-core 0.16.1 in the
+tests).
 """
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import struct
@@ -69,9 +71,9 @@ def idx_path(prefix: str | Path) -> Path:
 class IndexedWriter:
     """Writes one ``.bin/.idx`` pair of one-sequence documents in bounded memory.
 
-    Everything goes to ``*.tmp`` names (sequence lengths are spilled there too); `finalize` fsyncs and renames,
-    the ``.idx`` last, so a pair with an ``.idx`` is complete. As a context manager it finalizes on success and
-    removes its temporary files on an exception.
+    Everything goes to ``*.tmp`` names (sequence lengths are spilled there too); `finalize` fsyncs and
+    renames, the ``.idx`` last, so a pair with an ``.idx`` is complete. As a context manager it finalizes on
+    success and removes its temporary files on an exception.
 
     Raises:
         UserError: a document of more than 2³¹-1 tokens.
@@ -85,8 +87,9 @@ class IndexedWriter:
         self._temporary = {part: Path(f"{prefix}.{part}.tmp") for part in ("bin", "lengths", "idx")}
         self.documents = 0
         self.tokens = 0
-        self._bin = open(self._temporary["bin"], "wb", buffering=1 << 20)
-        self._lengths = open(self._temporary["lengths"], "wb", buffering=1 << 16)
+        # Closed by finalize or abort.
+        self._bin = open(self._temporary["bin"], "wb", buffering=1 << 20)  # noqa: SIM115
+        self._lengths = open(self._temporary["lengths"], "wb", buffering=1 << 16)  # noqa: SIM115
 
     def add_document(self, tokens: npt.ArrayLike) -> None:
         """Append one document: token ids [n], n may be 0."""
@@ -133,10 +136,8 @@ class IndexedWriter:
     def abort(self) -> None:
         """Close and remove the temporary files; a finished pair of the same name stays as it was."""
         for stream in (self._bin, self._lengths):
-            try:
+            with contextlib.suppress(OSError):  # flushing what the full disk did not take
                 stream.close()
-            except OSError:  # flushing what the full disk did not take: the file is removed next
-                pass
         for path in self._temporary.values():
             path.unlink(missing_ok=True)
 
@@ -260,8 +261,8 @@ class IndexedReader:
             expected = int(ends[-1])
         if expected != bin_bytes:
             raise UserError(
-                f"{self.bin_path} has {bin_bytes} bytes, but the last sequence of {self.idx_path.name} ends at "
-                f"byte {expected}: the two files do not belong together"
+                f"{self.bin_path} has {bin_bytes} bytes, but the last sequence of {self.idx_path.name} ends "
+                f"at byte {expected}: the two files do not belong together"
             )
         return expected // self.dtype.itemsize
 
@@ -283,8 +284,8 @@ class IndexedReader:
             previous = int(table[-1])
         if previous != self.sequence_lengths.size:
             raise UserError(
-                f"{self.idx_path}: the document table ends at sequence {previous} of {self.sequence_lengths.size} "
-                f"(at byte {base + 8 * (self._document_table.size - 1)})"
+                f"{self.idx_path}: the document table ends at sequence {previous} of "
+                f"{self.sequence_lengths.size} (at byte {base + 8 * (self._document_table.size - 1)})"
             )
         return one_to_one
 

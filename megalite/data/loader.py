@@ -79,8 +79,8 @@ class TrainLoader:
     """This rank's micro-batches of each optimizer step.
 
     Micro-batch m of rank r holds the step's samples (m·dp_size + r)·mbs … + mbs - 1, so the samples of a step
-    are the same for every dp_size and micro-batch size. `prefetch_step` starts loading in a background thread;
-    `step` returns what it loaded, or loads now. Results never depend on the prefetching.
+    are the same for every dp_size and micro-batch size. `prefetch_step` starts loading in a background
+    thread; `step` returns what it loaded, or loads now. Results never depend on the prefetching.
 
     Args:
         dataset: the samples.
@@ -167,8 +167,8 @@ class TrainLoader:
         unit = self.micro_batch_size * self.dp_size
         if first_sample < 0 or num_samples < 1 or num_samples % unit:
             raise UserError(
-                f"a step of {num_samples} samples from {first_sample} on cannot be divided: it must be a multiple "
-                f"of micro_batch_size={self.micro_batch_size} x dp_size={self.dp_size} = {unit}"
+                f"a step of {num_samples} samples from {first_sample} on cannot be divided: it must be a "
+                f"multiple of micro_batch_size={self.micro_batch_size} x dp_size={self.dp_size} = {unit}"
             )
 
     def _load(self, first_sample: int, num_samples: int) -> list[MicroBatch]:

@@ -2,8 +2,8 @@
 
 Two parts. *Within* a dataset, sample n of epoch e is a keyed permutation (a Feistel network) of the
 fixed-length pieces of its token stream. *Between* datasets, a Weyl sequence (multiples of the golden ratio
-modulo 1, here exactly modulo 2⁶⁴) picks the dataset of sample n, and a floor sum counts in O(log) how often it
-was picked before. Nothing here depends on the length of the run, the batch or the number of processes.
+modulo 1, here exactly modulo 2⁶⁴) picks the dataset of sample n, and a floor sum counts in O(log) how often
+it was picked before. Nothing here depends on the length of the run, the batch or the number of processes.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def key(*parts: int) -> int:
 class Permutation:
     """A keyed bijection of [0, size), evaluated at one point at a time.
 
-    A Feistel network over ⌈log₂ size⌉ bits (halves may differ by one bit; they are rewritten in turn, which is
-    a bijection whatever the round function), repeated until the value falls below `size` (cycle walking:
+    A Feistel network over ⌈log₂ size⌉ bits (halves may differ by one bit; they are rewritten in turn, which
+    is a bijection whatever the round function), repeated until the value falls below `size` (cycle walking:
     fewer than 2 passes on average).
 
     Args:

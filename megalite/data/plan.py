@@ -11,15 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalite.data.readers import (
-    Document,
-    OnBad,
-    ReadOptions,
-    Span,
-    parquet_row_groups,
-    read_span,
-    text_pieces,
-)
+from megalite.data.documents import Document, OnBad, ReadOptions, Span
+from megalite.data.read_parquet import row_group_bytes
+from megalite.data.readers import read_span, text_pieces
 from megalite.data.sources import SourceFile
 from megalite.errors import UserError
 
@@ -95,7 +89,7 @@ def _spans(number: int, file: SourceFile, target: int, options: ReadOptions) -> 
             stop = min(start + target, file.size)
             yield Span(number, start, stop), stop - start
     elif file.kind == "parquet":
-        groups = parquet_row_groups(file.path)
+        groups = row_group_bytes(file.path)
         total = max(sum(groups), 1)
         first, size = 0, 0
         for group, group_bytes in enumerate(groups):

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from megalite.data.documents import CorruptInputError, ReadOptions
 from megalite.data.files import read_json, write_json
 from megalite.data.indexed import Array
 from megalite.data.plan import Unit, read_unit
-from megalite.data.readers import CorruptInputError, ReadOptions
 
 HASH_RECORD = np.dtype([("dedup", "<u8"), ("split", "<u8"), ("bytes", "<u4")])
 """Two independent halves of a document's 128-bit content hash, and its length in UTF-8 bytes."""

@@ -19,13 +19,15 @@ SUFFIX_KINDS: tuple[tuple[str, Kind], ...] = (
     (".jsonl.zst", "jsonl.zst"),
     (".parquet", "parquet"),
 )
-TEXT_SUFFIXES = frozenset(
-    ".txt .text .md .markdown .rst .tex .html .htm .xml .csv .json .toml .yaml .yml .ini .cfg .sql .sh .bash .ps1 "
-    ".py .pyi .pyx .c .h .cc .cpp .cxx .hpp .cu .cuh .cl .m .mm .rs .go .java .kt .scala .cs .fs .swift .js .mjs "
-    ".ts .tsx .jsx .vue .css .scss .rb .php .pl .pm .lua .r .jl .hs .ml .mli .ex .exs .erl .clj .lisp .el .scm .f "
-    ".f90 .for .pas .d .zig .nim .v .vhd .sv .asm .s .cmake .mk .gradle .proto .tcl .vim .bat".split()
+_SUFFIXES = (
+    ".txt .text .md .markdown .rst .tex .html .htm .xml .csv .json .toml .yaml .yml .ini .cfg .sql .sh .bash "
+    ".ps1 .py .pyi .pyx .c .h .cc .cpp .cxx .hpp .cu .cuh .cl .m .mm .rs .go .java .kt .scala .cs .fs .swift "
+    ".js .mjs .ts .tsx .jsx .vue .css .scss .rb .php .pl .pm .lua .r .jl .hs .ml .mli .ex .exs .erl .clj "
+    ".lisp .el .scm .f .f90 .for .pas .d .zig .nim .v .vhd .sv .asm .s .cmake .mk .gradle .proto .tcl .vim "
+    ".bat"
 )
-"""Files of a folder that are read as one text document each; other files of a folder are left out and counted."""
+TEXT_SUFFIXES = frozenset(_SUFFIXES.split())
+"""Files of a folder that are read as one text document each; others are left out and counted."""
 SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules", "site-packages", "dist-packages"})
 TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
 BUILT_IN = {

@@ -60,8 +60,8 @@ class _Piece:
 class ValidationSet:
     """The validation documents of one or several prepared datasets.
 
-    A document's inputs are [EOD] + tokens, its labels tokens + [EOD] (the stored document ends in EOD), so each
-    of its tokens, the closing EOD included, is predicted exactly once and from that document alone.
+    A document's inputs are [EOD] + tokens, its labels tokens + [EOD] (the stored document ends in EOD), so
+    each of its tokens, the closing EOD included, is predicted exactly once and from that document alone.
 
     Args:
         prepared: folders; their tokenizers must be equal (`load_validation` checks it).
@@ -97,7 +97,8 @@ class ValidationSet:
     def select(self, max_tokens: int | None = None) -> ValSelection:
         """All documents, or a fixed pseudo-random subset of whole documents of at most `max_tokens` tokens.
 
-        The subset is a prefix of one fixed permutation, at least one document long; it never depends on the run.
+        The subset is a prefix of one fixed permutation, at least one document long; it never depends on the
+        run.
         """
         pairs = [(d, i) for d, stream in enumerate(self._streams) for i in range(stream.reader.documents)]
         complete = True

@@ -26,8 +26,8 @@ def run_all(
 ) -> None:
     """Call `function` on every item in `workers` processes and `on_done` here, in order of completion.
 
-    With one worker everything runs in this process. Otherwise `function` and items must be picklable. After an
-    error no further item is started; those that run are waited for, then the error is raised.
+    With one worker everything runs in this process. Otherwise `function` and items must be picklable. After
+    an error no further item is started; those that run are waited for, then the error is raised.
 
     Raises:
         StorageError: a worker process died (killed, or out of memory).
@@ -78,7 +78,8 @@ def _drive(
 def _start_worker() -> None:
     """Set up a worker: one thread for tokenizers, and no life after its parent's death.
 
-    A worker of a killed parent would otherwise wait for work for ever (it holds the queue's writing end itself).
+    A worker of a killed parent would otherwise wait for work for ever (it holds the queue's writing end
+    itself).
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()
