@@ -141,7 +141,7 @@ def analyse_samples(
     pieces = spread_pieces(training, max_scan_tokens)
     run = longest_shared_run(samples, pieces)
     seen = tokens_seen(pieces, vocab_size)
-    shared = np.asarray(samples[run.sample])[run.sample_start :][: run.length] if run.length else []
+    shared = np.asarray(samples[run.sample])[run.sample_start :][: run.length] if run.length else ()
     return {
         "repetition_rate": _mean(repetition_rate(sample) for sample in samples),
         "natural_repetition_rate": _mean(repetition_rate(text) for text in held_out),

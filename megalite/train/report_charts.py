@@ -145,7 +145,7 @@ def _sources(run: RunRecords) -> Chart | None:
     canvas.axes.plot([v for v, _ in known], rows, "o", color=COLORS["red"], markersize=5.5)
     canvas.axes.set_yticks(rows, [_short(name, 16) for _, name in known])
     canvas.axes.set_ylim(-0.6, len(known) - 0.4)
-    canvas.axes.set_xlim(left=0)
+    canvas.axes.set_xlim(0, canvas.axes.get_xlim()[1] * 1.04)
     keys = (Key("model", "red", "dot"), Key("gzip", "gray", "tick"), Key("xz", "muted", "tick"))
     svg = canvas.svg("Bits per byte of each source")
     return Chart("Bits per byte by source", "last validation, hardest first", svg, keys)
@@ -266,6 +266,7 @@ def _step_time(run: RunRecords) -> Chart | None:
         if len(series) == 1:
             canvas.axes.bar([0], height, bottom=bottom, color=COLORS[color], alpha=opacity, width=0.5)
             canvas.axes.set_xlim(-1, 1)
+        canvas.from_zero = False
         else:
             canvas.axes.fill_between(
                 x, bottom, bottom + height, color=COLORS[color], alpha=opacity, linewidth=0

@@ -6,6 +6,7 @@ Every text that comes from outside (names, samples, commands, messages) passes t
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib import resources
@@ -21,6 +22,8 @@ from megalite.train.report_sections import duration, grouped, known, median, per
 from megalite.train.report_svg import Chart
 from megalite.train.verdict import Verdict
 from megalite.train.verdict_signals import Signal, number
+
+BYTES = "B"
 
 GROUPS = (
     ("Against simpler predictors", ("against unigram", "against bigram", "against gzip", "against xz")),
@@ -86,7 +89,7 @@ def _tiles(run: RunRecords) -> str:
         (
             "Model FLOPs utilisation",
             f"{percent(median(run, 'mfu_causal'))}",
-            f"causal attention; {percent(median(run, 'mfu_full'))} counting it in full",
+            f"causal, or {percent(median(run, 'mfu_full'))} in full",
         ),
         ("Training tokens", si(run.tokens), known(epochs, "{:.2f} passes over the data")),
         ("Parameters", si(number(parameters, "total")), _embedding_note(parameters)),
@@ -139,7 +142,7 @@ def _bars(run: RunRecords) -> str:
     else:
         size = number(run.last_eval, "val_bytes")
         part = "All held-out text" if run.last_eval.get("complete") else "Held-out text"
-        body = f"<p>{part}{f', {si(size)}B' if math.isfinite(size) else ''}; lower is better</p>"
+        body = f"<p>{part}{f', {si(size, unit=BYTES)}' if math.isfinite(size) else ''}; lower is better</p>"
         longest = known[-1][0]
         body += "".join(_bar(name, value, value / longest) for value, name in known)
     return f'<div class="card bars"><h3>Bits per byte</h3>{body}</div>'
@@ -167,10 +170,10 @@ def _signals(signals: Iterable[Signal]) -> str:
 
 def _signal(signal: Signal) -> str:
     name = escape(signal.name[0].upper() + signal.name[1:])
-    return (
-        f"<tr><td>{_state(signal.verdict)}{name}</td><td>{escape(signal.shown)}</td>"
-        f"<td>{escape(signal.reason)}</td></tr>"
-    )
+    shown = escape(signal.shown.replace("-", "\N{MINUS SIGN}"))
+    # A browser may break a line after the hyphen of 1e-3.
+    reason = re.sub(r"[\d.]+e-\d+", r'<span class="number-like">\g<0></span>', escape(signal.reason))
+    return f"<tr><td>{_state(signal.verdict)}{name}</td><td>{shown}</td><td>{reason}</td></tr>"
 
 
 def _state(key: str) -> str:

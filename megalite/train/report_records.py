@@ -219,8 +219,11 @@ class _Collector:
         if self._rows:
             self._close()
         shape = (len(self._buckets), len(FIELDS))
-        mean, low, high = (np.array([b[i] for b in self._buckets]).reshape(shape) for i in range(3))
-        steps, skipped, spikes, non_finite = (sum(b[i] for b in self._buckets) for i in range(3, 7))
+        mean = np.array([bucket[0] for bucket in self._buckets]).reshape(shape)
+        low = np.array([bucket[1] for bucket in self._buckets]).reshape(shape)
+        high = np.array([bucket[2] for bucket in self._buckets]).reshape(shape)
+        counts = np.array([bucket[3:] for bucket in self._buckets], dtype=np.int64).reshape(-1, 4)
+        steps, skipped, spikes, non_finite = counts.sum(axis=0).tolist()
         return Series(
             mean, low, high, steps, skipped, spikes, non_finite,
             self._first_loss, self._last_loss, tuple(self._marks),
@@ -243,18 +246,20 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) else math.nan
 
 
-def si(value: float, digits: int = 3) -> str:
-    """A number with its SI prefix: 12.3M, 4.1k, 980; small ones in plain or scientific notation."""
+def si(value: float, digits: int = 3, unit: str = "") -> str:
+    """A number with its SI prefix (12.3M, 4.1k, 980; 7.08 MFLOP with a unit), 1.4e-3 below a hundredth."""
     if not math.isfinite(value):
         return "—"
     size = abs(value)
+    gap = " " if unit else ""
     for limit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        # A number that would round up to the next prefix takes that one: 999,999 is 1M, not 1000k.
         if size >= limit * (1 - 0.5 * 10**-digits):
-            return f"{value / limit:.{digits}g}{letter}"
+            return f"{value / limit:.{digits}g}{gap}{letter}{unit}"
     if size >= 1e-2 or size == 0:
-        return f"{value:.{digits}g}"
+        return f"{value:.{digits}g}{gap}{unit}"
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{float(mantissa):g}e{int(exponent)}{gap}{unit}"
 
 
 def _count_lines(path: Path) -> int:

@@ -73,31 +73,34 @@ def flops(run: RunRecords) -> str:
     if math.isfinite(causal):
         rows += f'<tr class="sum"><td>Causal</td><td></td><td>{flop_count(causal)}</td><td></td></tr>'
     lead = (
-        "Training FLOPs per token, forward and backward, term by term. The full convention counts every query "
-        "against all keys; the causal one counts attention at half."
+        "Training FLOPs per token, forward and backward, term by term. The full convention counts every "
+        "query against all keys; the causal one counts attention at half."
     )
-    body = f'<div class="card"><table class="terms">{rows}</table><p class="formula">{_mfu(run, full, causal)}</p></div>'
+    formula = f'<p class="formula">{_mfu(run, full, causal)}</p>'
+    body = f'<div class="card"><table class="terms">{rows}</table>{formula}</div>'
     return section("How utilisation is counted", lead, body)
 
 
 def _mfu(run: RunRecords, full: float, causal: float) -> str:
     """The utilisation formula with this run's numbers in it."""
     peak, rate = _peak_tflops(run.run), median(run, "tokens_per_s")
+    if math.isnan(peak):
+        return "The peak is not on record."
     source = escape(str(run.run.get("peak_source") or "source not on record"))
-    lines = [f"Peak: <b>{si(peak * 1e12)}FLOP/s</b> ({source})." if math.isfinite(peak) else "Peak unknown."]
-    for key in ("gemm_peak_tflops", "table_peak_tflops"):
-        value = number(run.run, key)
-        if math.isfinite(value) and value != peak:
-            other = "Measured matrix products" if key.startswith("gemm") else "Table value"
-            lines.append(f"{other}: {si(value * 1e12)}FLOP/s.")
-    if math.isfinite(peak) and math.isfinite(rate):
-        for label, flops, key in (("causal", causal, "mfu_causal"), ("full", full, "mfu_full")):
-            if math.isfinite(flops):
-                lines.append(
-                    f"<br>MFU, {label}: {grouped(rate)} tokens/s × {flop_count(flops)} ÷ {si(peak * 1e12)}FLOP/s, "
-                    f"recorded median <b>{percent(median(run, key))}</b>."
-                )
-    return " ".join(lines)
+    shown = si(peak * 1e12, unit="FLOP/s")
+    lines = [f"Peak: <b>{shown}</b> ({source})."]
+    measured = number(run.run, "gemm_peak_tflops")
+    if math.isfinite(measured) and measured != peak:
+        lines[0] += f" Matrix products measured here reach {si(measured * 1e12, unit='FLOP/s')}."
+    devices = number(run.run.get("machine") or {}, "processes")
+    below = f"({devices:.0f} × {shown})" if devices > 1 else shown
+    for label, flops, key in (("causal", causal, "mfu_causal"), ("full", full, "mfu_full")):
+        if math.isfinite(flops) and math.isfinite(rate):
+            lines.append(
+                f"MFU, {label}: {grouped(rate)} tokens/s × {flop_count(flops)} ÷ {below}; "
+                f"recorded median <b>{percent(median(run, key))}</b>."
+            )
+    return "<br>".join(lines)
 
 
 def about(run: RunRecords) -> str:
@@ -187,7 +190,7 @@ def percent(value: float) -> str:
 
 
 def flop_count(value: float) -> str:
-    return f"{si(value)}FLOP"
+    return si(value, unit="FLOP")
 
 
 def duration(seconds: float) -> str:
@@ -215,7 +218,7 @@ def _training_set(data: Mapping[str, Any]) -> str:
     )
     parts = (
         f"{si(tokens)} tokens" if math.isfinite(tokens) else "",
-        f"{si(size)}B" if math.isfinite(size) else "",
+        si(size, unit="B") if math.isfinite(size) else "",
         f"{documents:,.0f} documents" if math.isfinite(documents) else "",
         known(number(dict(data), "bytes_per_token"), "{:.2f} bytes per token"),
     )
@@ -234,5 +237,10 @@ def _pairs(values: Any, *, grouped: bool = False) -> str:
     """A mapping as one line of text."""
     if not isinstance(values, Mapping):
         return ""
-    shown = {k: f"{v:,}" if grouped and isinstance(v, int) else v for k, v in values.items()}
-    return ", ".join(f"{str(k).replace('_', ' ')} {v}" for k, v in shown.items())
+
+    def shown(value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:.4g}"
+        return f"{value:,}" if grouped and isinstance(value, int) else str(value)
+
+    return ", ".join(f"{str(k).replace('_', ' ')} {shown(v)}" for k, v in values.items())

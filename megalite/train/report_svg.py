@@ -65,7 +65,7 @@ class Chart:
 
 # --- style ------------------------------------------------------------------------------------------
 
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",  # only for measuring; the page sets its own, narrower one
     "font.size": 9,
@@ -97,11 +97,14 @@ STYLE: dict[str, Any] = {
 class Canvas:
     """One chart in the making: axes to draw on, and the SVG at the end."""
 
-    def __init__(self, name: str, x_label: str, *, left: float = 0.105, right: float = 0.97) -> None:
+    def __init__(
+        self, name: str, x_label: str, *, left: float = 0.105, right: float = 0.97, from_zero: bool = True
+    ) -> None:
         from matplotlib.figure import Figure
         from matplotlib.ticker import FuncFormatter, MaxNLocator
 
         self.name = name
+        self.from_zero = from_zero
         self.figure: Figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN))
         self.axes: Axes = self.figure.add_axes((left, 0.175, right - left, 0.785))
         self.axes.margins(x=0.01)
@@ -117,7 +120,7 @@ class Canvas:
 
         self.axes.set_yscale("log")
         low, high = self.axes.get_ylim()
-        narrow = math.log10(high / low) < 1.6
+        narrow = math.log10(high / low) < 2.2
         self.axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if narrow else (1,), numticks=9))
         self.axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: si(value)))
         self.axes.yaxis.set_minor_formatter(NullFormatter())
@@ -157,6 +160,9 @@ class Canvas:
 
     def svg(self, label: str) -> str:
         """The drawing as an ``<svg>`` element without size, ready to stand in a page among others."""
+        if self.from_zero:
+            right = self.axes.get_xlim()[1]
+            self.axes.set_xlim(-0.005 * right, right)
         buffer = io.StringIO()
         hide = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         self.figure.savefig(buffer, format="svg", transparent=True, metadata=hide)
@@ -182,7 +188,8 @@ def inline_svg(svg: str, name: str, label: str) -> str:
 def smooth(values: Floats, share: float = 0.03) -> Floats:
     """Moving average of the moving median over `share` of the values: a lone spike leaves no bump.
 
-    nan counts as absent, and stays where it stands.
+    Windows shrink towards both ends and stay centred, so that a steep beginning isn't flattened. nan
+    counts as absent, and stays where it stands.
     """
     half = min(max(1, round(len(values) * share / 2)), (len(values) - 1) // 2)
     if half < 1:
@@ -193,10 +200,13 @@ def smooth(values: Floats, share: float = 0.03) -> Floats:
 
 
 def _windows(values: Floats, half: int, reduce: Callable[..., Any]) -> Floats:
-    """[n] `reduce` over each value and up to `half` neighbours on both sides; nan where all are nan."""
+    """[n] `reduce` over each value and its neighbours within `half` on both sides; nan where all are nan."""
+    n = len(values)
     padded = np.pad(values, half, constant_values=np.nan)
     windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1)
-    out = np.full(len(values), np.nan)
+    place, offset = np.arange(n)[:, None], np.abs(np.arange(-half, half + 1))[None, :]
+    windows = np.where(offset <= np.minimum(place, n - 1 - place), windows, np.nan)
+    out = np.full(n, np.nan)
     some = np.isfinite(windows).any(axis=1)
     out[some] = reduce(windows[some], axis=1)
     return out

@@ -88,7 +88,7 @@ def _conclude(run: RunRecords, by_name: dict[str, Signal]) -> tuple[Answer, str]
         if run.series.steps < MIN_STEPS:
             return (
                 "not yet",
-                f"Not yet: {behind}, but after {run.series.steps} steps it is too early to tell.",
+                f"Not yet: {behind}, but it is too early to tell (steps: {run.series.steps}).",
             )
         if by_name["loss still falling"].verdict == "good":
             return "not yet", f"Not yet: {behind}, but the loss is still falling."
