@@ -15,7 +15,7 @@ export PYTHON
 # --- the first run: real text that every machine has, and a configuration for two CPU cores -----------------
 DATA ?= data/stdlib
 CONFIG ?= examples/pretrain_cpu.toml
-PREPARE := $(BIN)/megalite data prepare --corpus stdlib --out $(DATA)
+PREPARE := $(BIN)/megalite data prepare stdlib --out $(DATA)
 PRETRAIN := $(BIN)/megalite pretrain $(CONFIG) --json
 
 # One thread per test process: the processes fill the cores, and one thread is bitwise reproducible.
