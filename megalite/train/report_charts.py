@@ -104,7 +104,9 @@ def _bits(run: RunRecords) -> Chart | None:
     right = max(run.tokens if math.isfinite(run.tokens) else 0.0, float(x.max()))
     canvas.axes.set_xlim(-0.01 * right, right * 1.01 or 1)
     canvas.line(x, y, "red", marker="o", markersize=3.2)
-    top = max([*known.values(), min(float(y.max()), 1.15 * max(known.values(), default=math.inf))])
+    top = max(
+        [*known.values(), float(y[-1]), min(float(y.max()), 1.15 * max(known.values(), default=math.inf))]
+    )
     canvas.axes.set_ylim(0, top * 1.08)
     ends = [float(y[-1]), *known.values()]
     labels = [f"model {y[-1]:.2f}", *(f"{name} {value:.2f}" for name, value in known.items())]
@@ -256,7 +258,7 @@ def _step_time(run: RunRecords) -> Chart | None:
         return None
     x, label = _time_axis(series)
     parts = phase_means(series)
-    canvas = Canvas("step", label)
+    canvas = Canvas("step", label, from_zero=len(series) > 1)
     bottom = np.zeros(len(series))
     keys = []
     for name, color, opacity in PHASES:
@@ -266,7 +268,6 @@ def _step_time(run: RunRecords) -> Chart | None:
         if len(series) == 1:
             canvas.axes.bar([0], height, bottom=bottom, color=COLORS[color], alpha=opacity, width=0.5)
             canvas.axes.set_xlim(-1, 1)
-        canvas.from_zero = False
         else:
             canvas.axes.fill_between(
                 x, bottom, bottom + height, color=COLORS[color], alpha=opacity, linewidth=0
