@@ -174,16 +174,17 @@ def _llama_from_hf(family: Any, values: Mapping[str, Any]) -> ModelConfig:
     window, start = _window_from_hf(family, values, layers)
     # What transformers assumes where the field is absent; null means "as many as query heads".
     default_kv_heads = {"llama": heads, "qwen2": 32, "qwen3": 32, "mistral": 8}[family]
+    hidden = _required(values, "hidden_size")
     default_head_dim = 128 if family == "qwen3" else None
     return ModelConfig(
         family=family,
         vocab_size=_required(values, "vocab_size"),
         num_layers=layers,
-        hidden_size=_required(values, "hidden_size"),
+        hidden_size=hidden,
         ffn_hidden_size=_required(values, "intermediate_size"),
         num_attention_heads=heads,
         num_key_value_heads=values.get("num_key_value_heads", default_kv_heads) or heads,
-        head_dim=values.get("head_dim", default_head_dim) or 0,
+        head_dim=values.get("head_dim", default_head_dim) or hidden // heads,
         max_position_embeddings=_required(values, "max_position_embeddings"),
         norm_eps=values.get("rms_norm_eps", 1e-6),
         activation=_choose(values, "hidden_act", "silu", _ACTIVATIONS),
