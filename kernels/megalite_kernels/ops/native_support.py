@@ -20,3 +20,8 @@ def native_supports(*args: Any) -> str | None:
         if value.is_floating_point() and value.dtype not in (torch.bfloat16, torch.float32):
             return f"takes bfloat16 and float32, not {value.dtype}"
     return None
+
+
+def native_activation_supports(*args: Any) -> str | None:
+    """As `native_supports`; the last argument is the kind of activation."""
+    return "has no exact gelu" if args[-1] == "gelu" else native_supports(*args)

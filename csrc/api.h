@@ -1,0 +1,84 @@
+// Every launcher's declaration, once. Pointers are to contiguous rows unless a stride says otherwise; strides and
+// sizes count elements. `threads` is how many parts the rows are cut into: results have the same bits for the
+// same number. Element types of activations are given at run time, statistics and weights are float.
+#pragma once
+#include <cstdint>
+
+namespace megalite {
+
+enum class DType : int { float32 = 0, bfloat16 = 1 };
+enum class Activation : int { silu = 0, gelu_tanh = 1, relu2 = 2 };
+
+// The instruction set in use ("scalar", "avx2" or "avx512"): the best of this CPU, or what MEGALITE_ISA asks for.
+// Throws std::invalid_argument if MEGALITE_ISA is not a known name or this CPU lacks it.
+const char* isa_name();
+
+// y = x * rstd * (offset + weight), rstd = 1 / sqrt(mean(x^2) + eps). With a residual, x + residual takes the place
+// of x and is stored in total.
+void rms_norm_forward(DType dtype, const void* x, const void* residual, const float* weight, void* y, void* total,
+                      float* rstd, int64_t rows, int64_t cols, float eps, float offset, int threads);
+
+// dx (plus dresidual if not null) and dweight [cols].
+void rms_norm_backward(DType dtype, const void* dy, const void* dresidual, const void* x, const float* weight,
+                       const float* rstd, void* dx, float* dweight, int64_t rows, int64_t cols, float offset,
+                       int threads);
+
+// y = (x - mean) * rstd * weight + bias (bias may be null); residual and total as in rms_norm_forward.
+void layer_norm_forward(DType dtype, const void* x, const void* residual, const float* weight, const float* bias,
+                        void* y, void* total, float* mean, float* rstd, int64_t rows, int64_t cols, float eps,
+                        int threads);
+
+void layer_norm_backward(DType dtype, const void* dy, const void* dresidual, const void* x, const float* weight,
+                         const float* mean, const float* rstd, void* dx, float* dweight, float* dbias, int64_t rows,
+                         int64_t cols, int threads);
+
+// Rotates x [tokens, heads, dim] (strided) into out (contiguous). cos and sin are [cos_rows, half]; token t uses
+// row t % cos_rows.
+void rope(DType dtype, const void* x, int64_t token_stride, int64_t head_stride, const float* cos, const float* sin,
+          void* out, int64_t tokens, int64_t heads, int64_t dim, int64_t half, int64_t cos_rows, bool interleaved,
+          bool inverse, int threads);
+
+void activation_forward(DType dtype, Activation kind, const void* x, void* y, int64_t size, int threads);
+void activation_backward(DType dtype, Activation kind, const void* dy, const void* x, void* dx, int64_t size,
+                         int threads);
+
+// y [rows, cols] = activation(gate) * up; rows of gate and up (and of their gradients) are `stride` apart.
+void gated_forward(DType dtype, Activation kind, const void* gate, const void* up, void* y, int64_t rows,
+                   int64_t cols, int64_t stride, int threads);
+void gated_backward(DType dtype, Activation kind, const void* dy, const void* gate, const void* up, void* dgate,
+                    void* dup, int64_t rows, int64_t cols, int64_t stride, int threads);
+
+struct LossOptions {
+  int64_t ignore_index;
+  float label_smoothing, z_loss, softcap;  // softcap 0: none
+};
+
+// loss and lse [rows] of logits [rows, cols]. Returns the first row whose target is out of range, or -1.
+int64_t cross_entropy_forward(DType dtype, const void* logits, const int64_t* target, float* loss, float* lse,
+                              int64_t rows, int64_t cols, LossOptions options, int threads);
+
+// dlogits from the saved lse; dloss is [rows], or one value for all if dloss_stride is 0. dlogits may be logits.
+void cross_entropy_backward(DType dtype, const float* dloss, int64_t dloss_stride, const void* logits,
+                            const int64_t* target, const float* lse, void* dlogits, int64_t rows, int64_t cols,
+                            LossOptions options, int threads);
+
+// Both at once, row by row while the row is in cache; the logits are overwritten with their gradient.
+int64_t cross_entropy_grad(DType dtype, void* logits, const int64_t* target, const float* scale,
+                           int64_t scale_stride, float* loss, float* lse, int64_t rows, int64_t cols,
+                           LossOptions options, int threads);
+
+struct AdamWOptions {
+  float beta1, beta2, eps;
+  float decay;            // 1 - lr * weight_decay
+  float step_size;        // lr / (1 - beta1^step)
+  float root_correction;  // sqrt(1 - beta2^step)
+  float clip;
+};
+
+void adamw(DType dtype, void* params, float* master, float* exp_avg, float* exp_avg_sq, const float* grads,
+           int64_t size, AdamWOptions options, int threads);
+
+// In double, in an order that depends on size alone.
+double sum_of_squares(DType dtype, const void* x, int64_t size, int threads);
+
+}  // namespace megalite

@@ -1,0 +1,55 @@
+// RMSNorm, forward (with an optional residual addition) and backward.
+#include "common.h"
+
+namespace megalite {
+
+struct RmsForward {
+  const void *x, *residual;
+  const float* weight;
+  void *y, *total;
+  float* rstd;
+  int64_t cols;
+  float eps, offset;
+};
+
+struct RmsBackward {
+  const void *dy, *dresidual, *x;
+  const float *weight, *rstd;
+  void* dx;
+  int64_t cols;
+  float offset;
+};
+
+}  // namespace megalite
+
+#define MEGALITE_KERNELS "rms_norm.inc"
+#include "foreach_isa.h"
+
+namespace megalite {
+
+void rms_norm_forward(DType dtype, const void* x, const void* residual, const float* weight, void* y, void* total,
+                      float* rstd, int64_t rows, int64_t cols, float eps, float offset, int threads) {
+  const RmsForward arguments{x, residual, weight, y, total, rstd, cols, eps, offset};
+  MEGALITE_WITH_TYPE(dtype, {
+    const auto kernel = MEGALITE_PICK(rms_forward_rows<T>);
+    parallel_ranges(parts_for(rows * cols, threads), rows,
+                    [&](int, int64_t begin, int64_t end) { kernel(arguments, begin, end); });
+  });
+}
+
+void rms_norm_backward(DType dtype, const void* dy, const void* dresidual, const void* x, const float* weight,
+                       const float* rstd, void* dx, float* dweight, int64_t rows, int64_t cols, float offset,
+                       int threads) {
+  const RmsBackward arguments{dy, dresidual, x, weight, rstd, dx, cols, offset};
+  const int parts = parts_for(rows * cols, threads);
+  Partials partials(parts, 1, cols);
+  MEGALITE_WITH_TYPE(dtype, {
+    const auto kernel = MEGALITE_PICK(rms_backward_rows<T>);
+    parallel_ranges(parts, rows, [&](int part, int64_t begin, int64_t end) {
+      kernel(arguments, begin, end, partials.total(part, 0), partials.block(part, 0));
+    });
+  });
+  partials.sum(0, dweight);
+}
+
+}  // namespace megalite

@@ -1,0 +1,82 @@
+"""Activations on the native library."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalite_kernels import _C
+from megalite_kernels.native.common import ACTIVATIONS, DTYPES, address, threads
+
+
+def forward(x: Tensor, kind: str) -> Tensor:
+    """Backend "cpu" of `activation_fwd`."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    _C.activation_forward(DTYPES[x.dtype], ACTIVATIONS[kind], address(x), address(y), x.numel(), threads())
+    return y
+
+
+def backward(dy: Tensor, x: Tensor, kind: str) -> Tensor:
+    """Backend "cpu" of `activation_bwd`."""
+    dy, x = dy.contiguous(), x.contiguous()
+    dx = torch.empty_like(x)
+    codes = (DTYPES[x.dtype], ACTIVATIONS[kind])
+    _C.activation_backward(*codes, address(dy), address(x), address(dx), x.numel(), threads())
+    return dx
+
+
+def gated_forward(gate: Tensor, up: Tensor, kind: str) -> Tensor:
+    """Backend "cpu" of `glu_pair_fwd`."""
+    gate, up = gate.contiguous(), up.contiguous()
+    y = torch.empty_like(gate)
+    cols = gate.shape[-1]
+    _gated_forward(gate, address(gate), address(up), y, kind, cols, cols)
+    return y
+
+
+def gated_backward(dy: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Backend "cpu" of `glu_pair_bwd`."""
+    dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
+    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    cols = gate.shape[-1]
+    pointers = (address(gate), address(up), address(dgate), address(dup))
+    _gated_backward(dy, *pointers, kind, cols, cols)
+    return dgate, dup
+
+
+def packed_forward(packed: Tensor, kind: str) -> Tensor:
+    """Backend "cpu" of `glu_fwd`."""
+    packed = packed.contiguous()
+    cols = packed.shape[-1] // 2
+    y = packed.new_empty((*packed.shape[:-1], cols))
+    start = address(packed)
+    _gated_forward(packed, start, start + cols * packed.element_size(), y, kind, cols, 2 * cols)
+    return y
+
+
+def packed_backward(dy: Tensor, packed: Tensor, kind: str) -> Tensor:
+    """Backend "cpu" of `glu_bwd`."""
+    dy, packed = dy.contiguous(), packed.contiguous()
+    dpacked = torch.empty_like(packed)
+    cols = dy.shape[-1]
+    offset = cols * packed.element_size()
+    start, grad_start = address(packed), address(dpacked)
+    _gated_backward(dy, start, start + offset, grad_start, grad_start + offset, kind, cols, 2 * cols)
+    return dpacked
+
+
+def _gated_forward(like: Tensor, gate: int, up: int, y: Tensor, kind: str, cols: int, stride: int) -> None:
+    rows = y.numel() // max(1, cols)
+    codes = (DTYPES[like.dtype], ACTIVATIONS[kind])
+    _C.gated_forward(*codes, gate, up, address(y), rows, cols, stride, threads())
+
+
+def _gated_backward(
+    dy: Tensor, gate: int, up: int, dgate: int, dup: int, kind: str, cols: int, stride: int
+) -> None:
+    rows = dy.numel() // max(1, cols)
+    codes: tuple[Any, ...] = (DTYPES[dy.dtype], ACTIVATIONS[kind])
+    _C.gated_backward(*codes, address(dy), gate, up, dgate, dup, rows, cols, stride, threads())

@@ -1,0 +1,27 @@
+"""What the callers of the native library share: dtype codes, addresses, thread counts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""`DType` of csrc/api.h."""
+
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu2": 2}
+"""`Activation` of csrc/api.h."""
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor's data starts; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def float_weights(weight: Tensor) -> Tensor:
+    """A small parameter (a norm's gain) as the contiguous float32 that kernels read."""
+    return weight.to(torch.float32).contiguous()
+
+
+def threads() -> int:
+    """Parts to cut the work into: torch's own number of threads, whose OpenMP pool the library shares."""
+    return torch.get_num_threads()
