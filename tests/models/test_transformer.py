@@ -202,6 +202,22 @@ def test_the_initial_loss_is_that_of_a_uniform_guess():
     assert per_token == pytest.approx(torch.tensor(97.0).log().item(), abs=0.05)
 
 
+def test_the_loss_compiles_into_one_graph():
+    model = make(CONFIGS["qwen3"])
+    tokens = random_tokens(41)
+    batch = {"positions": POSITIONS, "cu_seqlens": CU_SEQLENS, "max_seqlen": 20}
+    expected = model.loss(tokens, tokens, **batch)
+    compiled = torch.compile(model.loss, fullgraph=True, backend="aot_eager")
+    loss = compiled(tokens, tokens, **batch)
+    assert torch.equal(loss, expected)
+    loss.backward()
+    compiled_grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    expected.backward()
+    for got, parameter in zip(compiled_grads, model.parameters(), strict=True):
+        torch.testing.assert_close(got, parameter.grad)
+
+
 def test_errors():
     model = make(CONFIGS["llama"])
     with pytest.raises(ValueError, match=r"packed tokens \[T\] need cu_seqlens"):

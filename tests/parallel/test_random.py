@@ -78,6 +78,14 @@ def test_shards_of_every_dim_have_the_bits_of_the_whole(dim):
         assert np.array_equal(block, full.take(range(rank * size, (rank + 1) * size), axis=dim))
 
 
+def test_a_generator_that_counts_locally_would_be_noticed():
+    """What a stateful generator would do: the second shard starts again at its own first element."""
+    second = normal_slice(3, "w", (8, 64), (4, 0), (4, 64), 1.0)
+    counted_locally = normal_slice(3, "w", (4, 64), (0, 0), (4, 64), 1.0)
+    assert not np.isin(second, counted_locally).all()
+    assert not np.array_equal(second, counted_locally)
+
+
 def test_moments_are_a_normals():
     values = whole(5, "w", (2000, 1000), 0.02).astype(np.float64).ravel() / 0.02
     n = values.size
