@@ -239,13 +239,12 @@ def _find_shared(texts: Sequence[Tokens], training: Sequence[Tokens], n: int) ->
             hashed = _window_hashes(piece, n)
             candidates = np.flatnonzero(bitmap[_bucket(hashed)])
             place = np.minimum(np.searchsorted(wanted, hashed[candidates]), wanted.size - 1)
-            for at, slot in zip(candidates, place, strict=True):
-                if wanted[slot] != hashed[at]:
-                    continue
-                owner, start = int(owner_of[slot]), int(start_of[slot])
-                # Equal hashes of one text's windows sort together; the first stands for its duplicates.
-                if np.array_equal(texts[owner][start : start + n], piece[at : at + n]):
-                    return SharedRun(n, owner, start, number, int(first + at))
+            for at, slot in zip(candidates.tolist(), place.tolist(), strict=True):
+                while slot < wanted.size and wanted[slot] == hashed[at]:
+                    owner, start = int(owner_of[slot]), int(start_of[slot])
+                    if np.array_equal(texts[owner][start : start + n], piece[at : at + n]):
+                        return SharedRun(n, owner, start, number, first + at)
+                    slot += 1
     return None
 
 

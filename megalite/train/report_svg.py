@@ -10,6 +10,7 @@ import io
 import itertools
 import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -91,6 +92,7 @@ STYLE: dict[Any, Any] = {
     "lines.solid_capstyle": "round",
     "lines.solid_joinstyle": "round",
     "path.simplify": True,
+    "text.parse_math": False,  # a dollar in a source's name is a dollar
 }
 
 
@@ -165,7 +167,10 @@ class Canvas:
             self.axes.set_xlim(-0.005 * right, right)
         buffer = io.StringIO()
         hide = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        self.figure.savefig(buffer, format="svg", transparent=True, metadata=hide)
+        with warnings.catch_warnings():
+            # The browser draws the text with its own fonts: what DejaVu Sans lacks doesn't matter.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            self.figure.savefig(buffer, format="svg", transparent=True, metadata=hide)
         text = buffer.getvalue()
         return inline_svg(text[text.index("<svg") :], self.name, label)
 
