@@ -19,7 +19,7 @@ PREPARE := $(BIN)/megalite data prepare stdlib --out $(DATA)
 PRETRAIN := $(BIN)/megalite pretrain $(CONFIG) --json
 
 # One thread per test process: the processes fill the cores, and one thread is bitwise reproducible.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 .PHONY: help
 help: ## list the targets

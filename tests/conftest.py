@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +15,15 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)  # reproducible to the last bit, and test processes share the cores
 
 
+@pytest.hookimpl(optionalhook=True)  # the tests run without pytest-xdist too
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from tests.helpers.schedule import FilesAndRankPool
+
+    return FilesAndRankPool(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under xdist, keep all users of the rank pools in one process: one set of ranks, not one per process."""
     for item in items:
-        if "rank_pool" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("rank_pool"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 

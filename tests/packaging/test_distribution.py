@@ -20,7 +20,7 @@ import pytest
 
 from tests.helpers.source import ROOT, modules
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 NOT_SOURCE = shutil.ignore_patterns(
     ".*_cache", "__pycache__", "*.so", "*.egg-info", ".git", ".hypothesis", ".venv"
