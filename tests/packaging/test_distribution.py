@@ -126,6 +126,7 @@ def test_the_wheel_holds_both_packages_and_nothing_else(distributions):
         modules_in_wheel = {name for name in names if name.startswith(f"{package}/") and name.endswith(".py")}
         assert len(modules_in_wheel) == len(modules(package))
         assert f"{package}/py.typed" in names
+    assert "megalite/train/report_template.html" in names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"megalite", "megalite_kernels"}
     assert licenses
     assert "Requires-Dist: torch>=2.11\n" in metadata
