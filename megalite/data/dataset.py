@@ -310,12 +310,12 @@ def open_prepared(specs: Sequence[DatasetSpec]) -> list[PreparedDataset]:
             "data.datasets is empty: name a prepared dataset folder (megalite data prepare makes one)"
         )
     prepared = [PreparedDataset(spec.path) for spec in specs]
+    first = prepared[0]
     for other in prepared[1:]:
-        first = prepared[0]
         if other.tokenizer_fingerprint != first.tokenizer_fingerprint:
             raise UserError(
-                f"{other.path} was encoded with tokenizer {other.tokenizer_fingerprint[:12]}, {first.path} with "
-                f"{first.tokenizer_fingerprint[:12]}: prepare both with the same --tokenizer"
+                f"{other.path} was encoded with tokenizer {other.tokenizer_fingerprint[:12]}, {first.path} "
+                f"with {first.tokenizer_fingerprint[:12]}: prepare both with the same --tokenizer"
             )
     return prepared
 

@@ -154,8 +154,8 @@ class _ThresholdChooser:
         if count == 0:
             raise UserError(
                 "no document can be held out for validation: none of at most "
-                f"{self._rule.max_document_bytes} bytes is small beside the {corpus_bytes} bytes of text. Use a "
-                "smaller --max-document-bytes (long texts are cut there), a larger "
+                f"{self._rule.max_document_bytes} bytes is small beside the {corpus_bytes} bytes. Use "
+                "a smaller --max-document-bytes (long texts are cut there), a larger "
                 "--validation-max-document-bytes, more text, or --validation-bytes 0"
             )
         hashes = self._smallest["split"]

@@ -18,6 +18,7 @@ MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15
 """⌊2⁶⁴/φ⌋, odd: its multiples visit every 64-bit value once, spread as evenly as any sequence does."""
 MAX_DOMAIN = 2**62
+EPOCHS_KEPT = 4
 ROUNDS = 8
 """Luby and Rackoff need 4 for security against a bounded adversary; small halves mix more slowly."""
 
@@ -179,6 +180,10 @@ class StreamOrder:
     tokens: int
     seq_length: int
     seed: int
+    _epochs: dict[int, tuple[Permutation, int]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """(permutation, shift) of the epochs last asked for: deriving their keys costs more than using them."""
 
     def __post_init__(self) -> None:
         if self.tokens < self.seq_length:
@@ -195,6 +200,13 @@ class StreamOrder:
     def start(self, n: int) -> int:
         """Stream position of the first token of sample n ≥ 0; the sample runs on modulo `tokens`."""
         epoch, index = divmod(n, self.samples_per_epoch)
-        piece = Permutation(self.samples_per_epoch, key(self.seed, epoch, 1))(index)
-        shift = key(self.seed, epoch, 2) % self.tokens
-        return (piece * self.seq_length + shift) % self.tokens
+        permutation, shift = self._epochs.get(epoch) or self._derive(epoch)
+        return (permutation(index) * self.seq_length + shift) % self.tokens
+
+    def _derive(self, epoch: int) -> tuple[Permutation, int]:
+        if len(self._epochs) >= EPOCHS_KEPT:
+            self._epochs.clear()
+        permutation = Permutation(self.samples_per_epoch, key(self.seed, epoch, 1))
+        derived = permutation, key(self.seed, epoch, 2) % self.tokens
+        self._epochs[epoch] = derived
+        return derived
