@@ -51,6 +51,7 @@ class RopeScaling:
     """How rotary frequencies are stretched beyond the length a model was first trained for."""
 
     kind: Literal["linear", "llama3"]
+    """linear: every position divided by the factor; llama3: long wavelengths only, with a smooth transition."""
     factor: float
     """Stretch of the positions (8.0 for Llama 3.1)."""
     low_freq_factor: float = 1.0

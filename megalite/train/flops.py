@@ -77,7 +77,7 @@ def table_peak_tflops(device: torch.device) -> float | None:
     return DENSE_BF16_PEAK_TFLOPS[max(matches, key=len)] if matches else None
 
 
-def measure_gemm_tflops(device: torch.device, dtype: torch.dtype, *, budget_s: float = 1.0) -> float:
+def measure_gemm_tflops(device: torch.device, dtype: torch.dtype, *, budget_s: float = 0.5) -> float:
     """Best rate of square matrix products (1024³, 2048³, 4096³ as time allows) on this device, in TFLOP/s.
 
     Inputs are random normal: zeros and constants draw less power and flatter the figure. Products follow each

@@ -153,11 +153,11 @@ class ProgressLine:
             self._live.update(self._task, completed=last["step"], text=text)
         else:
             remaining = (self.total_steps - last["step"]) * seconds / len(records)
-            self.console.print(f"step {last['step']}/{self.total_steps} · {text} · ETA {remaining:.0f} s")
+            self.say(f"step {last['step']}/{self.total_steps} · {text} · ETA {remaining:.0f} s")
 
     def say(self, message: str) -> None:
-        """Print a line of its own."""
-        self.console.print(message)
+        """Print a line of its own, unbroken (a log file has no width)."""
+        self.console.print(message, soft_wrap=True, markup=False)
 
     def close(self) -> None:
         """Leave the terminal clean."""

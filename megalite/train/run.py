@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from megalite.config import RunConfig, to_dict
-from megalite.data.dataset import PreparedDataset, open_prepared
+from megalite.data.dataset import open_prepared
 from megalite.errors import ExitCode
 from megalite.parallel.collectives import barrier
 from megalite.parallel.mesh import Mesh
-from megalite.train.baselines import Document, measure
+from megalite.train.baselines import compute_baselines
 from megalite.train.flops import table_peak_tflops
 from megalite.train.report import write_report
 from megalite.train.runlog import RunLog, read_records
@@ -88,7 +88,7 @@ def finish(session: Session, train_seconds: float) -> dict[str, Any]:
     run_dir = log.directory
     baselines_file = run_dir / "baselines.json"
     if not baselines_file.exists():
-        log.write_json("baselines.json", measure_baselines(open_prepared(config.data.datasets)))
+        log.write_json("baselines.json", compute_baselines(config.data.datasets))
     baselines = json.loads(baselines_file.read_text(encoding="utf-8"))
     if not (run_dir / "result.json").exists():
         log.event("finish", trainer.completed_steps)
@@ -96,24 +96,6 @@ def finish(session: Session, train_seconds: float) -> dict[str, Any]:
     result = summarise(session, baselines, train_seconds) | {"report": str(report)}
     log.write_json("result.json", result)
     return result
-
-
-def measure_baselines(folders: list[PreparedDataset]) -> dict[str, Any]:
-    """What compressors and token counts reach on the held-out documents of the run's datasets."""
-    readers = [folder.reader("validation") for folder in folders]
-
-    def documents() -> Iterator[Document]:
-        for folder, reader in zip(folders, readers, strict=True):
-            tokenizer, records = folder.tokenizer(), folder.documents("validation")
-            for number in range(reader.documents):
-                tokens = reader.document(number)
-                if tokens.size and int(tokens[-1]) == folder.eod_id:
-                    tokens = tokens[:-1]
-                source = folder.sources[int(records["source"][number])]
-                yield Document(source, tokenizer.decode(tokens).encode("utf-8"), tokens)
-
-    training = [folder.reader("train").stream for folder in folders]
-    return measure(documents, training, vocab_size=folders[0].vocab_size, eod_id=folders[0].eod_id)
 
 
 def summarise(session: Session, baselines: dict[str, Any], train_seconds: float) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def build_session(config: RunConfig, mesh: Mesh, *, replay_step: int | None = No
     if manifest:
         check_same_run(manifest["config"], to_dict(config), run_dir)
         check_tokenizer(manifest["tokenizer_fingerprint"], tokenizer.fingerprint, found)
-    precision = broadcast_object(settle_precision(config, mesh, manifest), mesh.dp)
+    precision = broadcast_object(settle_precision(config, mesh, manifest) if mesh.is_first else None, mesh.dp)
 
     model = Transformer(config.model, device=mesh.device)
     if not manifest:

@@ -29,7 +29,7 @@ from megalite.train.stop import StopSignal
 from megalite.train.timer import StepTimer
 
 
-@dataclass(slots=True)
+@dataclass
 class Trainer:
     """Everything a step needs, built by `megalite.train.setup`."""
 

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megalite.config import ModelConfig
+from megalite.models.presets import preset
+from megalite.models.transformer import Transformer
+from megalite.parallel.random import initialize
+from megalite.train.flops import choose_precision, flops_per_token, measure_gemm_tflops, table_peak_tflops
+
+
+def test_terms_equal_what_a_counter_sees_in_the_matrix_products():
+    config = ModelConfig(
+        vocab_size=256, num_layers=3, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    model = Transformer(config)
+    initialize(model, 0)
+    tokens = torch.randint(0, 256, (2, 32))
+    with FlopCounterMode(display=False) as counter:
+        hidden = model(tokens)
+        logits = model.logits(hidden)
+        logits.sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(value for op, value in counts.items() if "mm" in str(op))
+    terms = flops_per_token(config, 32).terms
+    expected = sum(value for name, value in terms.items() if name != "attention_full") * tokens.numel()
+    assert products == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "seq_length", "full", "causal"),
+    [("llama3-8b", 8192, 57.92e9, 51.47e9), ("gpt2-124m", 1024, 0.8545e9, 0.7979e9)],
+)
+def test_known_models(name, seq_length, full, causal):
+    flops = flops_per_token(preset(name), seq_length)
+    assert flops.full == pytest.approx(full, rel=2e-3)
+    assert flops.causal == pytest.approx(causal, rel=2e-3)
+
+
+def test_a_window_bounds_attention():
+    wide = flops_per_token(ModelConfig(vocab_size=128), 256).terms
+    narrow = flops_per_token(ModelConfig(vocab_size=128, sliding_window=64), 256).terms
+    assert narrow["attention_full"] * 4 == wide["attention_full"]
+
+
+def test_gemm_peak_is_measured_and_positive():
+    assert 1e-3 < measure_gemm_tflops(torch.device("cpu"), torch.float32, budget_s=0.2) < 1e3
+
+
+def test_an_unknown_device_has_no_table_peak():
+    assert table_peak_tflops(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("requested", ["bf16", "fp32"])
+def test_a_requested_precision_is_kept(requested):
+    precision = choose_precision(requested, torch.device("cpu"))
+    assert precision.chosen == requested
+    assert precision.reason == "as configured"
+
+
+def test_auto_follows_the_measurement():
+    precision = choose_precision("auto", torch.device("cpu"))
+    faster = precision.gemm_bf16_tflops >= 1.2 * precision.gemm_fp32_tflops
+    assert precision.chosen == ("bf16" if faster else "fp32")
+    assert precision.gemm_peak_tflops == max(
+        precision.gemm_bf16_tflops if faster else 0.0, precision.gemm_fp32_tflops if not faster else 0.0
+    )
