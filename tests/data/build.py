@@ -1,4 +1,4 @@
-"""Small prepared datasets for tests, written without the preparation: the tests say exactly what is in them."""
+"""Small prepared datasets for tests, written without the preparation: tests say exactly what is in them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def prepared_dataset(
             "tokens": sum(map(len, documents)),
             "bytes": int(records["bytes"].sum()),
         }
-        splits[split] = {**counts, "sources": {name: counts for name in sources}}
+        splits[split] = {**counts, "sources": dict.fromkeys(sources, counts)}
     info = {
         "format": "megalite-dataset",
         "version": FORMAT_VERSION,

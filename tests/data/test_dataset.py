@@ -1,4 +1,4 @@
-"""Samples: document boundaries against a naive Python stream, blending, and what prepared folders must hold."""
+"""Samples: document boundaries against a naive Python stream, blending, and what prepared folders hold."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_labels_at_boundaries(tmp_path: Path):
 def test_foreign_documents_without_eod(tmp_path: Path):
     """No label crosses from one document to the next."""
     stream = stream_of(tmp_path / "d", [[11, 12], [21, 22, 23]])
-    tokens, labels, boundaries, _, _ = stream.cut(0, 5)
+    _, labels, boundaries, _, _ = stream.cut(0, 5)
     assert labels.tolist() == [12, IGNORE_INDEX, 22, 23, IGNORE_INDEX]
     assert boundaries.tolist() == [0, 2]
 
@@ -128,7 +128,7 @@ def test_load_datasets(tmp_path: Path):
     specs = [DatasetSpec(path=str(tmp_path / "a")), DatasetSpec(path=str(tmp_path / "b"), weight=0.5)]
     dataset = load_datasets(specs, seq_length=8, seed=1)
     assert {dataset.sample(n).dataset for n in range(20)} == {0, 1}
-    with pytest.raises(UserError, match="cannot fill one sample of train.seq_length=100000"):
+    with pytest.raises(UserError, match=r"cannot fill one sample of train\.seq_length=100000"):
         load_datasets(specs, seq_length=100_000, seed=1)
     with pytest.raises(UserError, match=r"data.datasets is empty"):
         load_datasets([], seq_length=8, seed=1)
@@ -159,7 +159,7 @@ def test_unusable_folders(tmp_path: Path):
         with pytest.raises(UserError, match=message):
             PreparedDataset(tmp_path / "a")
     info.write_text('{"format": "mega')
-    with pytest.raises(UserError, match="dataset.json is not JSON"):
+    with pytest.raises(UserError, match=r"dataset\.json is not JSON"):
         PreparedDataset(tmp_path / "a")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from pathlib import Path
@@ -73,17 +74,19 @@ def test_packing(dataset: BlendedDataset):
     assert batch.tokens.dtype == batch.labels.dtype == batch.positions.dtype == torch.int64
     assert batch.cu_seqlens.dtype == torch.int32
     edges = batch.cu_seqlens.tolist()
-    assert edges[0] == 0 and edges[-1] == 4 * SEQ
+    assert edges[0] == 0
+    assert edges[-1] == 4 * SEQ
     assert set(range(0, 4 * SEQ + 1, SEQ)) <= set(edges), "segments never cross samples"
     assert edges == sorted(set(edges))
-    assert batch.max_seqlen == max(b - a for a, b in zip(edges, edges[1:], strict=False))
+    assert batch.max_seqlen == max(b - a for a, b in itertools.pairwise(edges))
     expected = [i - max(e for e in edges if e <= i) for i in range(4 * SEQ)]
     assert batch.positions.tolist() == expected
     for start in edges[1:-1]:
         assert start % SEQ == 0 or batch.tokens[start] == EOD
     assert IGNORE_INDEX not in batch.labels.tolist(), "every document of this dataset ends in EOD"
     moved = batch.to("cpu")
-    assert moved.tokens.equal(batch.tokens) and moved.max_seqlen == batch.max_seqlen
+    assert moved.tokens.equal(batch.tokens)
+    assert moved.max_seqlen == batch.max_seqlen
 
 
 def test_prefetching_changes_nothing(dataset: BlendedDataset):

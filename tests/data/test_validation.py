@@ -85,10 +85,11 @@ def test_ranks_share_the_same_batches(tmp_path: Path, dp_size: int):
 def test_a_subset_is_fixed_and_whole_documents(tmp_path: Path):
     validation = validation_of(tmp_path / "d")
     whole, part, smaller = validation.select(), validation.select(200), validation.select(100)
-    assert (
-        whole.complete and whole.tokens.sum() == validation.tokens and whole.bytes.sum() == validation.bytes
-    )
-    assert not part.complete and 0 < part.tokens.sum() <= 200
+    assert whole.complete
+    assert whole.tokens.sum() == validation.tokens
+    assert whole.bytes.sum() == validation.bytes
+    assert not part.complete
+    assert 0 < part.tokens.sum() <= 200
     assert part.documents[: len(smaller.documents)].tolist() == smaller.documents.tolist()
     assert part.bytes.sum() == 3 * part.tokens.sum()
     scored = sum((w.labels != IGNORE_INDEX).sum() for w in validation.windows(16, 0.5, selection=part))
