@@ -90,11 +90,14 @@ class Transformer(nn.Module):
             [..., H] in the parameters' dtype.
 
         Raises:
-            ValueError: packed tokens without `cu_seqlens` or with a cache; [B, S] tokens with `cu_seqlens`.
+            ValueError: packed tokens without `cu_seqlens` or with a cache; [B, S] tokens with `cu_seqlens`;
+                more tokens in a row than there are learned positions.
         """
         _check_layout(tokens, cu_seqlens, cache)
+        start = cache[0].length if cache else 0
+        self._check_length(start + tokens.shape[-1] if cu_seqlens is None else max_seqlen)
         if positions is None:
-            positions = _count_up(tokens, cu_seqlens, start=cache[0].length if cache else 0)
+            positions = _count_up(tokens, cu_seqlens, start)
         x = self.embedding(tokens)
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
@@ -103,6 +106,14 @@ class Transformer(nn.Module):
         for i, layer in enumerate(self.layers):
             x, residual = layer(x, residual, context, cache[i] if cache else None)
         return self.final_norm(x, residual)[0]
+
+    def _check_length(self, length: int | None) -> None:
+        limit = self.config.max_position_embeddings
+        if self.position_embedding is not None and length is not None and length > limit:
+            raise ValueError(
+                f"{length} tokens in a row need more than the {limit} learned positions: shorten them, or "
+                "raise model.max_position_embeddings"
+            )
 
     def _rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """Angle tables of this pass: a cosine and a sine per token and pair cost less than keeping them."""

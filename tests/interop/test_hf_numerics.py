@@ -81,6 +81,34 @@ def test_logits_and_gradients_equal_transformers(pair):
     assert not ours.embedding.weight.grad[ours.config.vocab_size :].any()
 
 
+def run(model: nn.Module, tokens: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Logits and all gradients under Hugging Face names."""
+    ours = isinstance(model, Transformer)
+    logits = model.logits(model(tokens)) if ours else model(tokens).logits
+    (logits * weights).sum().backward()
+    return {"logits": logits.detach()} | (our_gradients(model) if ours else hf_gradients(model))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bf16_is_as_accurate_as_transformers_bf16(name, tmp_path):
+    """Both round at every operation, in other places; a tensor of ours may err at most twice as much."""
+    truth, theirs = build(name, torch.float64), build(name, torch.bfloat16)
+    theirs.save_pretrained(tmp_path)
+    truth.load_state_dict({k: v.double() for k, v in theirs.state_dict().items()})
+    ours = load_folder(tmp_path, dtype=torch.bfloat16)
+    tokens, weights = tokens_and_weights(ours)
+    with WidenFloat32():
+        exact = run(truth, tokens, weights)
+
+    def errors(values: dict[str, torch.Tensor]) -> dict[str, float]:
+        return {k: ((values[k].double() - v).norm() / v.norm()).item() for k, v in exact.items()}
+
+    theirs_err, ours_err = (errors(run(model, tokens, weights)) for model in (theirs, ours))
+    assert max(theirs_err.values()) < 0.5, "the comparison says nothing"
+    worse = {k: (e, theirs_err[k]) for k, e in ours_err.items() if e > 2 * theirs_err[k] + 2e-3}
+    assert not worse
+
+
 @pytest.mark.parametrize("pair", [("llama", torch.float32), ("gpt2", torch.float32)], indirect=True)
 def test_loss_is_the_sum_of_transformers_token_losses(pair):
     theirs, ours = pair

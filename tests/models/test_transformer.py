@@ -218,6 +218,12 @@ def test_the_loss_compiles_into_one_graph():
         torch.testing.assert_close(got, parameter.grad)
 
 
+def filled_cache(model: Transformer, length: int):
+    cache = model.new_cache(1, 100)
+    model(random_tokens(1, length), cache=cache)
+    return cache
+
+
 def test_errors():
     model = make(CONFIGS["llama"])
     with pytest.raises(ValueError, match=r"packed tokens \[T\] need cu_seqlens"):
@@ -228,5 +234,10 @@ def test_errors():
         model(random_tokens(8), cu_seqlens=CU_SEQLENS, cache=model.new_cache(1, 8))
     with pytest.raises(ValueError, match="9 tokens do not fit a cache of capacity 8"):
         model(random_tokens(1, 9), cache=model.new_cache(1, 8))
+    gpt2 = make(CONFIGS["gpt2"])
+    with pytest.raises(ValueError, match="65 tokens in a row need more than the 64 learned positions"):
+        gpt2(random_tokens(1, 65))
+    with pytest.raises(ValueError, match="65 tokens in a row need more than the 64 learned positions"):
+        gpt2(random_tokens(1, 5), cache=filled_cache(gpt2, 60))
     with pytest.raises(UserError, match=r"model\.vocab_size=0 must be greater than 0"):
         Transformer(ModelConfig())
