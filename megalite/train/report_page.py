@@ -24,6 +24,7 @@ from megalite.train.verdict import Verdict
 from megalite.train.verdict_signals import Signal, number
 
 BYTES = "B"
+MINUS = "\N{MINUS SIGN}"
 
 GROUPS = (
     ("Against simpler predictors", ("against unigram", "against bigram", "against gzip", "against xz")),
@@ -170,9 +171,10 @@ def _signals(signals: Iterable[Signal]) -> str:
 
 def _signal(signal: Signal) -> str:
     name = escape(signal.name[0].upper() + signal.name[1:])
-    shown = escape(signal.shown.replace("-", "\N{MINUS SIGN}"))
+    shown = escape(signal.shown.replace("-", MINUS))
+    reason = re.sub(r"(?<= )-(?=\d+\.\d)", MINUS, escape(signal.reason))
     # A browser may break a line after the hyphen of 1e-3.
-    reason = re.sub(r"[\d.]+e-\d+", r'<span class="number-like">\g<0></span>', escape(signal.reason))
+    reason = re.sub(r"[\d.]+e-\d+", r'<span class="number-like">\g<0></span>', reason)
     return f"<tr><td>{_state(signal.verdict)}{name}</td><td>{shown}</td><td>{reason}</td></tr>"
 
 

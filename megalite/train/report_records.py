@@ -247,12 +247,12 @@ def _number(value: Any) -> float:
 
 
 def si(value: float, digits: int = 3, unit: str = "") -> str:
-    """A number with its SI prefix (12.3M, 4.1k, 980; 7.08 MFLOP with a unit), 1.4e-3 below a hundredth."""
+    """A number with its prefix: 12.3M, 4.1B, 980; 7.08 MFLOP, 4.1 GB with a unit; 1.4e-3 if small."""
     if not math.isfinite(value):
         return "—"
     size = abs(value)
-    gap = " " if unit else ""
-    for limit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    gap, billion = (" ", "G") if unit else ("", "B")  # counts of tokens are said in billions
+    for limit, letter in ((1e12, "T"), (1e9, billion), (1e6, "M"), (1e3, "k")):
         # A number that would round up to the next prefix takes that one: 999,999 is 1M, not 1000k.
         if size >= limit * (1 - 0.5 * 10**-digits):
             return f"{value / limit:.{digits}g}{gap}{letter}{unit}"

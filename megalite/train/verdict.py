@@ -95,7 +95,8 @@ def _conclude(run: RunRecords, by_name: dict[str, Signal]) -> tuple[Answer, str]
         return "no", f"No: {behind}, and the loss has stopped falling."
     beaten = _listed([signal.name.removeprefix("against ") for signal in known])
     best = max(known, key=lambda signal: signal.value or 0.0)
-    lead = f"{1 - (best.value or 0.0):.0%} under the best of them"
+    ahead = 1 - (best.value or 0.0)
+    lead = f"{ahead:.0%} under the best of them" if ahead >= 0.01 else "the best of them by less than 1%"
     if bad:
         concerns = _listed(bad)
         return "mixed", f"Yes, but: {bits:.3f} bits per byte beats {beaten} ({lead}), yet look at {concerns}."

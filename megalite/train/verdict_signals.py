@@ -59,11 +59,14 @@ def baseline_signals(run: RunRecords, still_falling: bool) -> Iterator[Signal]:
         if level == "bad" and (still_falling or run.series.steps < MIN_STEPS):
             level = "watch"
         tail = " and still falling" if ratio > 1 and still_falling else ""
-        side = "below" if ratio <= 1 else "above"
-        yield Signal(
-            name, ratio, f"{ratio:.2f} ×", level,
-            f"{bits:.3f} bits per byte is {abs(1 - ratio):.0%} {side} {baseline:.3f} from {meaning}{tail}.",
-        )  # fmt: skip
+        reason = f"{bits:.3f} bits per byte is {_compared(ratio)} {baseline:.3f} from {meaning}{tail}."
+        yield Signal(name, ratio, f"{ratio:.2f} ×", level, reason)
+
+
+def _compared(ratio: float) -> str:
+    if abs(1 - ratio) < 0.005:
+        return "level with"
+    return f"{abs(1 - ratio):.0%} {'below' if ratio < 1 else 'above'}"
 
 
 # --- learning and overfitting -----------------------------------------------------------------------
@@ -227,20 +230,23 @@ def memorisation(run: RunRecords) -> Signal:
 
 
 def unseen(run: RunRecords) -> Signal:
-    """Vocabulary never met in training: its embeddings stay as drawn. Good to 1 %, watch to 10 %."""
+    """Vocabulary never met in training, whose embeddings stay as drawn: good to 1 %, watch to 10 %.
+
+    256 entries are left out of account: a byte-level vocabulary holds every single byte, used or not.
+    """
     name = "tokens never seen"
-    unseen, vocab = number(run.overlap, "unseen_tokens"), number(run.overlap, "vocab_size")
-    if math.isnan(unseen) or not vocab > 0:
+    never, vocab = number(run.overlap, "unseen_tokens"), number(run.overlap, "vocab_size")
+    if math.isnan(never) or not vocab > 0:
         return _unknown(name, "The training tokens were not counted.")
-    share = unseen / vocab
+    share = max(0.0, never - 256) / vocab
     level = _level(share, 0.01, 0.1)
-    so_far = number(run.overlap, "unconsumed_tokens")
-    extra = "" if math.isnan(so_far) else f" ({so_far:,.0f} not met so far)"
-    meaning = "" if level == "good" else ": a vocabulary made for this text would be smaller or better used"
-    return Signal(
-        name, share, f"{unseen:,.0f}", level,
-        f"{unseen:,.0f} of {vocab:,.0f} vocabulary entries never occur in the training text{extra}{meaning}.",
-    )  # fmt: skip
+    meaning = {
+        "good": "no more than the spare single bytes and a few",
+        "watch": "part of the vocabulary is idle",
+        "bad": "a vocabulary made for this text would be smaller or better used",
+    }[level]
+    reason = f"{never:,.0f} of {vocab:,.0f} vocabulary entries never occur in the training text: {meaning}."
+    return Signal(name, share, f"{never:,.0f}", level, reason)
 
 
 # --- optimisation -----------------------------------------------------------------------------------

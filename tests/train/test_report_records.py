@@ -126,6 +126,8 @@ def test_si(value: float, shown: str):
 
 def test_si_with_unit():
     assert si(7.08e6, unit="FLOP") == "7.08 MFLOP"
+    assert si(4.1e9, unit="B") == "4.1 GB"
+    assert si(4.1e9) == "4.1B"
     assert si(12, unit="B") == "12 B"
 
 
