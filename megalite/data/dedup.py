@@ -32,6 +32,8 @@ RESULT_FILE = "dedup.json"
 class DedupResult:
     """What is left after exact duplicates are dropped, and where the validation split is cut."""
 
+    inputs: str
+    """Signature of all input; later stages refuse any other."""
     documents: int
     """Distinct documents."""
     bytes: int
@@ -60,7 +62,12 @@ def is_validation(split_hash: int, size: int, threshold: int, max_document_bytes
 
 
 def find_duplicates(
-    folder: Path, documents: Sequence[int], rule: SplitRule, *, on_progress: Callable[[float], None]
+    folder: Path,
+    documents: Sequence[int],
+    rule: SplitRule,
+    *,
+    inputs: str,
+    on_progress: Callable[[float], None],
 ) -> DedupResult:
     """Mark every repeated document (the first in input order stays) and choose the validation threshold.
 
@@ -68,6 +75,7 @@ def find_duplicates(
         folder: what the scan wrote; gets `FLAGS_FILE`, one byte per document in input order, 1 a duplicate.
         documents: documents of each unit.
         rule: the validation split wanted.
+        inputs: signature of the input, kept with the outcome.
         on_progress: called with the share done.
 
     Raises:
@@ -102,6 +110,7 @@ def find_duplicates(
         os.fsync(flags.fileno())
     threshold, held_documents, held_bytes = chooser.choose(kept_bytes)
     result = DedupResult(
+        inputs=inputs,
         documents=kept_documents,
         bytes=kept_bytes,
         duplicate_documents=dropped_documents,

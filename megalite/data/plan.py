@@ -6,6 +6,7 @@ their files, so the prepared dataset is the same however many processes make it.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,15 @@ class Unit:
     bytes: int
     """Input bytes, as stored."""
 
+    @property
+    def signature(self) -> str:
+        """Changes when the unit would read other files, other parts of them, or files changed since."""
+        digest = hashlib.blake2b(digest_size=16)
+        for file, span in self.spans:
+            part = (file.path, file.source, file.kind, file.size, file.modified_ns, span.start, span.stop)
+            digest.update(repr(part).encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
 
 def plan_units(files: Sequence[SourceFile], options: ReadOptions) -> list[Unit]:
     """All units, in the order of the files."""
@@ -53,7 +63,9 @@ def plan_units(files: Sequence[SourceFile], options: ReadOptions) -> list[Unit]:
 
 def unit_bytes(total: int) -> int:
     """Input bytes per unit for `total` bytes of input."""
-    return min(max(total // UNITS_WANTED, SMALLEST_UNIT), LARGEST_UNIT)
+    # A power of two, so that mending one input does not move the borders of all units.
+    wanted = 1 << (total // UNITS_WANTED).bit_length()
+    return min(max(wanted, SMALLEST_UNIT), LARGEST_UNIT)
 
 
 def read_unit(unit: Unit, options: ReadOptions, on_bad: OnBad) -> Iterator[tuple[SourceFile, Span, Document]]:

@@ -20,7 +20,7 @@ from megalite.data.dataset import INFO_FILE
 from megalite.data.indexed import fsync_folder
 from megalite.data.stages import Preparation, PrepareOptions, Progress
 from megalite.data.tokenize import Tokenizer
-from megalite.errors import UserError
+from megalite.errors import StorageError, UserError
 
 PUBLISHING = "publishing"
 """Marker in the work folder: the dataset is complete and is being given its name."""
@@ -42,11 +42,28 @@ def prepare(options: PrepareOptions, progress: Progress) -> dict[str, Any]:
         return info
     _check_output(output, options.overwrite)
     tokenizer = _given_tokenizer(options)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(output.parent)
     with _locked(work, options.restart):
-        info = Preparation(options, work, progress, tokenizer).all_stages()
+        try:
+            info = Preparation(options, work, progress, tokenizer).all_stages()
+        except OSError as error:
+            if error.filename is not None:  # says itself what could not be opened
+                raise
+            raise StorageError(
+                f"{error.strerror or error} while preparing into {work}: mend that and run the same command "
+                "again, what is finished is kept"
+            ) from None
         _publish(work, output)
     return info
+
+
+def _make_folder(folder: Path) -> None:
+    for ancestor in (folder, *folder.parents):
+        if ancestor.exists() and not ancestor.is_dir():
+            raise StorageError(
+                f"{ancestor} is a file, so nothing can be written below it: choose another --output"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _given_tokenizer(options: PrepareOptions) -> Tokenizer | None:

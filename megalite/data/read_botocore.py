@@ -26,7 +26,7 @@ def read_botocore(path: str, on_bad: OnBad) -> Iterator[Document]:
         on_bad(CorruptInputError(f"{path}: not a readable service description ({first_line(error)})"))
         return
     for entry, text in enumerate(_documentation(service)):
-        stripped = re.sub(r"<[^>]*>", " ", re.sub(r"</(p|li|dd|dt|h\d)>", "\n", text))
+        stripped = re.sub(r"<[^>]*>", "", re.sub(r"</(p|li|dd|dt|h\d)>|<br */?>", "\n", text))
         prose = re.sub(r"[ \t]+", " ", html.unescape(stripped))
         prose = re.sub(r" ?\n\s*", "\n", prose).strip()
         if len(prose) >= SHORTEST:

@@ -40,6 +40,8 @@ class ScanTask:
 class ScanResult:
     """What was found in one unit."""
 
+    signature: str = ""
+    """`Unit.signature` of what was read."""
     documents: int = 0
     bytes: int = 0
     """UTF-8 bytes of text."""
@@ -76,10 +78,11 @@ def scan_unit(task: ScanTask) -> ScanResult:
         UserError: an input is unreadable and is not to be skipped.
     """
     began = time.process_time()
-    result = ScanResult()
+    result = ScanResult(signature=task.unit.signature)
     empty: Counter[str] = Counter()
     skipped: Counter[str] = Counter()
     prefix = Path(task.folder) / f"{task.unit.number:06d}"
+    Path(f"{prefix}.json").unlink(missing_ok=True)  # of an input that changed
     current = ""
 
     def on_bad(error: CorruptInputError) -> None:
@@ -111,10 +114,12 @@ def scan_unit(task: ScanTask) -> ScanResult:
     return result
 
 
-def scan_result(folder: Path, unit: int) -> ScanResult | None:
-    """The finished outcome of a unit, if there is one."""
-    stored = read_json(folder / f"{unit:06d}.json")
-    return None if stored is None else ScanResult(**stored)
+def scan_result(folder: Path, unit: Unit) -> ScanResult | None:
+    """The finished outcome of a unit, if there is one and its input is still the same."""
+    stored = read_json(folder / f"{unit.number:06d}.json")
+    if stored is None or stored["signature"] != unit.signature:
+        return None
+    return ScanResult(**stored)
 
 
 def hash_chunks(folder: Path, unit: int, chunk: int = RUN) -> Iterator[Array]:

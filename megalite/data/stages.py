@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,11 +132,9 @@ class Preparation:
         return info
 
     def _check_same_arguments(self) -> None:
-        """Refuse to mix the outcome of different arguments or inputs in one work folder."""
+        """Refuse to mix the outcomes of different arguments in one work folder."""
         arguments = self.options.that_matter()
-        arguments["input_files"] = len(self.files)
-        arguments["input_bytes"] = sum(file.size for file in self.files)
-        arguments["newest_input_ns"] = max(file.modified_ns for file in self.files)
+        arguments["tokenizers_version"] = _versions()["tokenizers"]
         if self.given_tokenizer is not None:
             arguments["tokenizer_fingerprint"] = self.given_tokenizer.fingerprint
         state = self.work / "state.json"
@@ -151,9 +150,7 @@ class Preparation:
                 )
 
     def _scan(self) -> list[ScanResult]:
-        results = {
-            u.number: r for u in self.units if (r := scan_result(self.folders["scan"], u.number)) is not None
-        }
+        results = {u.number: r for u in self.units if (r := scan_result(self.folders["scan"], u)) is not None}
         self.progress.stage("read and hash", sum(unit.bytes for unit in self.units))
         self.progress.advance(sum(self.units[number].bytes for number in results))
         tasks = [
@@ -177,13 +174,19 @@ class Preparation:
         return ordered
 
     def _deduplicate(self, scanned: Sequence[ScanResult]) -> DedupResult:
+        inputs = "-".join((str(len(self.units)), _digest(unit.signature for unit in self.units)))
         finished = dedup_result(self.folders["scan"])
         if finished is not None:
+            if finished.inputs != inputs:
+                raise UserError(
+                    f"the input changed since {self.work} was begun: restore it to go on, or add --restart "
+                    "to begin anew"
+                )
             return finished
         rule = SplitRule(self.options.validation_bytes, self.options.validation_max_document_bytes)
         with self._share("find duplicates") as report:
             documents = [result.documents for result in scanned]
-            return find_duplicates(self.folders["scan"], documents, rule, on_progress=report)
+            return find_duplicates(self.folders["scan"], documents, rule, inputs=inputs, on_progress=report)
 
     def _base_tasks(self, scanned: Sequence[ScanResult], dedup: DedupResult) -> list[UnitTask]:
         first = np.cumsum([0] + [result.documents for result in scanned])
@@ -332,6 +335,10 @@ def _sampled_texts(folder: Path, units: int, limit: int) -> Iterator[str]:
                 if total > limit:
                     return
                 yield text
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.blake2b("".join(parts).encode(), digest_size=16).hexdigest()
 
 
 def _versions() -> dict[str, str]:

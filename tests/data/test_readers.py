@@ -95,12 +95,15 @@ def test_long_texts_are_cut_at_lines(tmp_path_factory: pytest.TempPathFactory, t
     assert all(len(piece) < 2 * limit for piece in pieces)
     for piece in pieces:
         piece.decode()  # no character is cut
-    for piece in pieces[:-1]:
-        assert (
-            piece.endswith(b"\n")
-            or b"\n" not in piece[-(len(piece) % limit or limit) :]
-            or len(piece) >= limit
-        )
+    edges = {0, len(data)}
+    for nominal in range(limit, len(data), limit):
+        ends = [
+            end for end in range(nominal, min(nominal + limit, len(data) + 1)) if data[end - 1] == ord("\n")
+        ]
+        starts = [at for at in range(nominal, len(data)) if data[at] & 0xC0 != 0x80]
+        edges.add((ends or starts or [len(data)])[0])
+    cuts = sorted(edges)
+    assert [piece for piece in pieces if piece] == [data[a:b] for a, b in itertools.pairwise(cuts)]
     # The same cuts from the file, however its pieces are divided among spans.
     path = tmp_path_factory.mktemp("c") / "a.txt"
     path.write_bytes(data)
@@ -317,7 +320,7 @@ class TestSources:
         folder.mkdir(parents=True)
         (tmp_path / "botocore" / "__init__.py").touch()
         prose = (
-            "<p>Returns a list of all <b>buckets</b> owned by you &amp; nobody else, in the order of names.</p>"
+            "<p>Returns a list of all <b>buckets</b>, owned by you &amp; nobody else, in the order of names.</p>"
             "<p>More.</p>"
         )
         service = {"documentation": prose, "operations": {"X": {"documentation": "short"}}}
@@ -327,7 +330,7 @@ class TestSources:
         files, _ = list_files(parse_sources(["botocore"]))
         documents = list(read_span(files[0], Span(0, 0, 1), ReadOptions(), fail))
         assert [d.data.decode() for d in documents] == [
-            "Returns a list of all buckets owned by you & nobody else, in the order of names.\nMore.\n"
+            "Returns a list of all buckets, owned by you & nobody else, in the order of names.\nMore.\n"
         ]
         (folder / "service-2.json.gz").write_bytes(b"broken")
         with pytest.raises(CorruptInputError, match="not a readable service description"):
@@ -372,7 +375,7 @@ class TestPlan:
 
     def test_unit_size(self):
         assert unit_bytes(0) == 1 << 20
-        assert unit_bytes(1 << 30) == 4 << 20
+        assert unit_bytes(1 << 30) == unit_bytes((1 << 30) + 999) == 8 << 20
         assert unit_bytes(1 << 42) == 64 << 20
 
     def test_a_changed_file(self, tmp_path: Path):
