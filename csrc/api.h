@@ -67,6 +67,33 @@ int64_t cross_entropy_grad(DType dtype, void* logits, const int64_t* target, con
                            int64_t scale_stride, float* loss, float* lse, int64_t rows, int64_t cols,
                            LossOptions options, int threads);
 
+// One document (or batch row): its queries are the last of its keys. Starts are tokens; lse_start is an offset.
+struct Segment {
+  int64_t q_start, q_len, k_start, k_len, lse_start;
+};
+
+// Tokens and heads of q, k, v, out, dout may be strided; features are side by side. Gradients are contiguous.
+struct Strided {
+  const void* data;
+  int64_t token, head;
+};
+
+struct AttentionShape {
+  const Segment* segments;
+  int64_t num_segments, heads, kv_heads, dim, lse_head_stride;
+  bool causal;
+  int64_t window;  // 0: none
+  float scale;
+};
+
+// out [tokens, heads, dim] contiguous; lse at lse_start + head * lse_head_stride + query.
+void attention_forward(DType dtype, Strided q, Strided k, Strided v, void* out, float* lse, AttentionShape shape,
+                       int threads);
+
+// dlse, laid out as lse, may be null.
+void attention_backward(DType dtype, Strided dout, const float* dlse, Strided q, Strided k, Strided v, Strided out,
+                        const float* lse, void* dq, void* dk, void* dv, AttentionShape shape, int threads);
+
 struct AdamWOptions {
   float beta1, beta2, eps;
   float decay;            // 1 - lr * weight_decay

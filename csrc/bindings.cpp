@@ -1,5 +1,8 @@
 // The only pybind11 module, megalite_kernels._C: raw pointers and sizes in, nothing decided here.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <tuple>
 
 #include "api.h"
 
@@ -113,6 +116,40 @@ void bind_loss(py::module_& m) {
         Release());
 }
 
+// (address, token stride, head stride)
+using StridedTuple = std::tuple<Address, int64_t, int64_t>;
+
+megalite::Strided strided(const StridedTuple& t) {
+  return {at(std::get<0>(t)), std::get<1>(t), std::get<2>(t)};
+}
+
+// (segments' address, their number, heads, kv_heads, dim, lse_head_stride, causal, window, scale)
+using ShapeTuple = std::tuple<Address, int64_t, int64_t, int64_t, int64_t, int64_t, bool, int64_t, float>;
+
+megalite::AttentionShape attention_shape(const ShapeTuple& t) {
+  return {at<const megalite::Segment>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t), std::get<4>(t),
+          std::get<5>(t), std::get<6>(t), std::get<7>(t), std::get<8>(t)};
+}
+
+void bind_attention(py::module_& m) {
+  m.def("attention_forward",
+        [](int dtype, const StridedTuple& q, const StridedTuple& k, const StridedTuple& v, Address out, Address lse,
+           const ShapeTuple& shape, int threads) {
+          megalite::attention_forward(DType(dtype), strided(q), strided(k), strided(v), at(out), at<float>(lse),
+                                      attention_shape(shape), threads);
+        },
+        Release());
+  m.def("attention_backward",
+        [](int dtype, const StridedTuple& dout, Address dlse, const StridedTuple& q, const StridedTuple& k,
+           const StridedTuple& v, const StridedTuple& out, Address lse, Address dq, Address dk, Address dv,
+           const ShapeTuple& shape, int threads) {
+          megalite::attention_backward(DType(dtype), strided(dout), at<float>(dlse), strided(q), strided(k), strided(v),
+                                       strided(out), at<float>(lse), at(dq), at(dk), at(dv), attention_shape(shape),
+                                       threads);
+        },
+        Release());
+}
+
 void bind_optimizer(py::module_& m) {
   m.def("adamw",
         [](int dtype, Address params, Address master, Address exp_avg, Address exp_avg_sq, Address grads, int64_t size,
@@ -138,5 +175,6 @@ PYBIND11_MODULE(_C, m) {
   bind_norms(m);
   bind_elementwise(m);
   bind_loss(m);
+  bind_attention(m);
   bind_optimizer(m);
 }

@@ -105,7 +105,7 @@ def forward(
         out.transpose(1, 2).copy_(value)
         return out, lse.contiguous()
     lse = torch.empty(q.shape[:2], dtype=torch.float32)
-    for group in _groups(cu_seqlens, pad=causal):
+    for group in _groups(cu_seqlens, q.shape[0], pad=causal):
         value, one_lse = _call(group.take(q), group.take(k), group.take(v), causal, window, scale)
         group.put(out, value)
         group.put(lse, one_lse)
@@ -136,7 +136,7 @@ def backward(
             grad.transpose(1, 2).copy_(value)
         return grads[0], grads[1], grads[2], q.new_zeros(0)
     by_token = lse.t()
-    for group in _groups(cu_seqlens, pad=causal):
+    for group in _groups(cu_seqlens, q.shape[0], pad=causal):
         tensors = [group.take(x) for x in (q, k, v, out)]
         one_lse = group.take(by_token.unsqueeze(-1)).squeeze(-1).contiguous()
         values = _call_backward(group.take_grad(dout), *tensors, one_lse, causal, window, scale)
@@ -145,10 +145,10 @@ def backward(
     return grads[0], grads[1], grads[2], q.new_zeros(0)
 
 
-def _groups(cu_seqlens: Tensor, *, pad: bool) -> list[_Group]:
+def _groups(cu_seqlens: Tensor, tokens: int, *, pad: bool) -> list[_Group]:
     """Documents by length (rounded up to a power of two where padding is hidden by causality)."""
     by_length: dict[int, list[slice]] = {}
-    for part in segments(cu_seqlens):
+    for part in segments(cu_seqlens, tokens):
         length = part.stop - part.start
         by_length.setdefault(1 << (length - 1).bit_length() if pad else length, []).append(part)
     return [_group(parts) for parts in by_length.values()]

@@ -25,3 +25,14 @@ def float_weights(weight: Tensor) -> Tensor:
 def threads() -> int:
     """Parts to cut the work into: torch's own number of threads, whose OpenMP pool the library shares."""
     return torch.get_num_threads()
+
+
+def by_token(x: Tensor) -> Tensor:
+    """[B, S, heads, D] or [T, heads, D] with features side by side and one stride from each token to the next.
+
+    A view into a fused projection is like that already; anything else is copied.
+    """
+    if x.stride(-1) != 1:
+        return x.contiguous()
+    one_stride = x.dim() == 3 or x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+    return x if one_stride else x.contiguous()

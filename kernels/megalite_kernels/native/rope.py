@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megalite_kernels import _C
-from megalite_kernels.native.common import DTYPES, address, threads
+from megalite_kernels.native.common import DTYPES, address, by_token, threads
 
 
 def forward(
@@ -18,8 +18,7 @@ def forward(
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
-    if not _is_strided_by_token(x):
-        x = x.contiguous()
+    x = by_token(x)
     out = torch.empty(x.shape, dtype=x.dtype)
     heads, dim = x.shape[-2:]
     if out.numel():
@@ -29,10 +28,3 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: boo
             interleaved, inverse, threads(),
         )  # fmt: skip
     return out
-
-
-def _is_strided_by_token(x: Tensor) -> bool:
-    """Features side by side, and one stride that leads from each token to the next, across batch rows too."""
-    if x.stride(-1) != 1:
-        return False
-    return x.dim() == 3 or x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)

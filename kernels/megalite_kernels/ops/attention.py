@@ -11,6 +11,11 @@ from torch import Tensor
 from megalite_kernels._library import define
 from megalite_kernels.backend import register, register_lazy
 from megalite_kernels.ops import checks
+from megalite_kernels.ops.native_support import (
+    NATIVE,
+    native_attention_backward_supports,
+    native_attention_supports,
+)
 from megalite_kernels.reference import attention as reference
 from megalite_kernels.reference.common import wide_dtype
 from megalite_kernels.sdpa import supports_backward, supports_forward
@@ -159,6 +164,20 @@ _backward = define(
 )
 register("attention_fwd", "reference", reference_forward)
 register("attention_bwd", "reference", reference_backward)
+register_lazy(
+    "attention_fwd",
+    "cpu",
+    "megalite_kernels.native.attention:forward",
+    requires=NATIVE,
+    supports=native_attention_supports,
+)
+register_lazy(
+    "attention_bwd",
+    "cpu",
+    "megalite_kernels.native.attention:backward",
+    requires=NATIVE,
+    supports=native_attention_backward_supports,
+)
 register_lazy("attention_fwd", "sdpa", "megalite_kernels.sdpa:forward", supports=supports_forward)
 register_lazy("attention_bwd", "sdpa", "megalite_kernels.sdpa:backward", supports=supports_backward)
 

@@ -51,7 +51,7 @@ def forward(
         return _dense_forward(q, k, v, sinks, options)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=widen(q[:0]).dtype, device=q.device)
-    for part in segments(cu_seqlens):
+    for part in segments(cu_seqlens, q.shape[0]):
         one_out, one_lse = _dense_forward(q[None, part], k[None, part], v[None, part], sinks, options)
         out[part], lse[:, part] = one_out[0], one_lse[0]
     return out, lse
@@ -76,7 +76,7 @@ def backward(
     dsinks = torch.zeros(0 if sinks is None else sinks.shape[0], dtype=q.dtype, device=q.device)
     if sinks is not None:
         dsinks = torch.zeros_like(sinks)
-    for part in segments(cu_seqlens):
+    for part in segments(cu_seqlens, q.shape[0]):
         inputs = (dout[None, part], None if dlse is None else dlse[None, :, part])
         tensors = (q[None, part], k[None, part], v[None, part], out[None, part], lse[None, :, part])
         grads = _dense_backward(*inputs, *tensors, sinks, options)
@@ -85,9 +85,13 @@ def backward(
     return dq, dk, dv, dsinks
 
 
-def segments(cu_seqlens: Tensor) -> list[slice]:
-    """The token range of every document that has tokens."""
+def segments(cu_seqlens: Tensor, tokens: int) -> list[slice]:
+    """The token range of every document that has tokens; reads cu_seqlens on the host."""
     bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in zip(bounds, bounds[1:])):
+        raise ValueError(
+            f"cu_seqlens goes from {bounds[0]} to {bounds[-1]}: must rise from 0 to the {tokens} tokens of q"
+        )
     return [slice(start, stop) for start, stop in zip(bounds, bounds[1:]) if stop > start]
 
 
