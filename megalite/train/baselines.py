@@ -238,16 +238,6 @@ def measure(
     whole = compressed_size(all_bytes())
     if whole.raw == 0:
         raise UserError("no held-out bytes to compress: prepare the data with a larger validation split")
-    per_source = {}
-    for name in sorted(sources):
-        size = whole
-        if len(sources) > 1:
-            size = compressed_size(document.raw for document in documents() if document.source == name)
-        per_source[name] = {
-            "gzip_bits_per_byte": size.gzip_bits_per_byte,
-            "xz_bits_per_byte": size.xz_bits_per_byte,
-            "bytes": size.raw,
-        }
     return {
         "gzip_bits_per_byte": whole.gzip_bits_per_byte,
         "xz_bits_per_byte": whole.xz_bits_per_byte,
@@ -256,8 +246,23 @@ def measure(
         "val_bytes": whole.raw,
         "val_tokens": scored,
         "counted_train_tokens": min(max_train_tokens, sum(len(stream) for stream in training)),
-        "sources": per_source,
+        "sources": {
+            name: _source_baselines(whole if len(sources) == 1 else _size_of(documents(), name))
+            for name in sorted(sources)
+        },
         "seconds": time.perf_counter() - started,
+    }
+
+
+def _size_of(documents: Iterable[Document], source: str) -> CompressedSize:
+    return compressed_size(document.raw for document in documents if document.source == source)
+
+
+def _source_baselines(size: CompressedSize) -> dict[str, float]:
+    return {
+        "gzip_bits_per_byte": size.gzip_bits_per_byte,
+        "xz_bits_per_byte": size.xz_bits_per_byte,
+        "bytes": size.raw,
     }
 
 
@@ -265,6 +270,8 @@ def compute_baselines(
     datasets: Sequence[str | os.PathLike[str] | DatasetSpec], *, max_train_tokens: int = 1 << 23
 ) -> dict[str, Any]:
     """`measure` on prepared dataset folders; xz takes about a second for 2 MB of held-out text.
+
+    Sources have the names that validations give them, so that the two can be set side by side.
 
     Raises:
         UserError: a folder is not a prepared dataset, or holds no held-out text.
@@ -274,15 +281,17 @@ def compute_baselines(
     ]
     folders = open_prepared(specs)
     readers = [folder.reader("validation") for folder in folders]
+    names = iter(ValidationSet(folders).sources)
+    names_of = [[next(names) for _ in folder.sources] for folder in folders]
 
     def documents() -> Iterator[Document]:
-        for folder, reader in zip(folders, readers, strict=True):
+        for folder, reader, sources in zip(folders, readers, names_of, strict=True):
             tokenizer, records = folder.tokenizer(), folder.documents("validation")
             for number in range(reader.documents):
                 tokens = reader.document(number)
                 if tokens.size and int(tokens[-1]) == folder.eod_id:
                     tokens = tokens[:-1]
-                source = folder.sources[int(records["source"][number])]
+                source = sources[int(records["source"][number])]
                 yield Document(source, tokenizer.decode(tokens).encode("utf-8"), tokens)
 
     return measure(

@@ -131,6 +131,13 @@ def test_prepared_folders(tmp_path: Path):
     assert 0 < got["bigram_bits_per_byte"] < got["unigram_bits_per_byte"] < 8
 
 
+def test_sources_of_one_name_in_two_folders_stay_apart(tmp_path: Path):
+    first = make_dataset(tmp_path / "first")
+    second = make_dataset(tmp_path / "second")
+    got = compute_baselines([first, second])
+    assert set(got["sources"]) == {"first/even", "first/odd", "second/even", "second/odd"}
+
+
 def test_a_folder_that_is_no_dataset(tmp_path: Path):
     with pytest.raises(UserError, match="is not a prepared dataset"):
         compute_baselines([tmp_path])
