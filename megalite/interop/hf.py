@@ -145,7 +145,7 @@ def export_folder(
         folder: where; must not exist, or be empty.
         config: the model.
         pieces: whole pieces by canonical name.
-        texts: the small files by name, from `folder_texts`.
+        texts: the small files by name, config.json among them, from `folder_texts`.
         dtype: what the weights are cast to; None keeps theirs.
         max_shard_bytes: largest weight file; more go into several, with an index.
 
@@ -161,9 +161,11 @@ def export_folder(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        write_weights(temporary, tensors, pieces.__getitem__, dtype=dtype, max_shard_bytes=max_shard_bytes)
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
+        write_weights(temporary, tensors, pieces.__getitem__, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        for path in temporary.glob("*.safetensors"):  # the library makes them readable by their owner alone
+            shutil.copymode(temporary / CONFIG_FILE, path)
         os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

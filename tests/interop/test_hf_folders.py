@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -195,6 +198,30 @@ def test_a_place_below_a_file_is_an_input_output_error(folder, tmp_path, capsys)
     (tmp_path / "file").write_text("")
     assert main(["export", str(folder), str(tmp_path / "file" / "out")]) == 74
     assert capsys.readouterr().err.startswith("megalite: error: ")
+
+
+def test_a_full_disk_is_an_input_output_error_and_leaves_nothing(folder, tmp_path):
+    """A limit on the file size stands for the full disk: the write fails in the middle of a file."""
+    code = (
+        "import resource, sys\n"
+        "from megalite.cli.main import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", code, "export", str(folder), str(tmp_path / "out")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 74, done.stderr
+    assert done.stderr.startswith("megalite: error: ")
+    assert "File too large" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert {p.name for p in tmp_path.iterdir()} == {"theirs"}
+
+
+def test_weights_are_as_readable_as_the_configuration(folder, tmp_path):
+    out = copy_folder(folder, tmp_path / "out")
+    modes = {path.stat().st_mode for path in out.iterdir()}
+    assert len(modes) == 1
 
 
 def test_nothing_is_left_when_a_tensor_is_bad(folder, tmp_path):
