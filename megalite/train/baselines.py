@@ -276,6 +276,8 @@ def compute_baselines(
     Raises:
         UserError: a folder is not a prepared dataset, or holds no held-out text.
     """
+    from megalite.data.validation import ValidationSet  # imports torch; counting does without it
+
     specs = [
         item if isinstance(item, DatasetSpec) else DatasetSpec(path=os.fspath(item)) for item in datasets
     ]
