@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +15,14 @@ from megalite_kernels.reference import rms_norm as reference
 from megalite_kernels.reference.common import wide_dtype
 
 
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float = 1e-6, *, residual: None = None, zero_centered: bool = False
+) -> Tensor: ...
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float = 1e-6, *, residual: Tensor, zero_centered: bool = False
+) -> tuple[Tensor, Tensor]: ...
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float = 1e-6, *, residual: Tensor | None = None, zero_centered: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
