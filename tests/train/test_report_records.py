@@ -76,18 +76,18 @@ def test_lines_that_are_no_records_are_counted(tmp_path: Path):
 
 
 def test_memory_does_not_grow_with_the_run(tmp_path: Path):
-    line = json.dumps(dict.fromkeys(FIELDS, 1.25))
-    path = tmp_path / "m.jsonl"
-    with path.open("w") as file:
-        for step in range(1, 12_001):
-            file.write(line.replace('"step": 1.25', f'"step": {step}') + "\n")
-    tracemalloc.start()
-    series = read_series(path, [])
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert series.steps == 12_000
-    assert len(series) == 500
-    assert peak < 1.5e6, "12,000 steps of 21 numbers are 2 MB as an array and 8 MB as lists"
+    def peak_bytes(steps: int) -> int:
+        path = tmp_path / f"{steps}.jsonl"
+        write_lines(path, [{**dict.fromkeys(FIELDS, 1.25), "step": step} for step in range(1, steps + 1)])
+        tracemalloc.start()
+        series = read_series(path, [])
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert (series.steps, len(series)) == (steps, 500)
+        return peak
+
+    small, large = peak_bytes(5000), peak_bytes(15_000)
+    assert large < small + 400_000, "10,000 more steps of 21 numbers are 1.7 MB as an array and 7 MB as lists"
 
 
 def test_the_last_complete_validation_counts(tmp_path: Path):
