@@ -320,8 +320,8 @@ class TestSources:
         folder.mkdir(parents=True)
         (tmp_path / "botocore" / "__init__.py").touch()
         prose = (
-            "<p>Returns a list of all <b>buckets</b>, owned by you &amp; nobody else, in the order of names.</p>"
-            "<p>More.</p>"
+            "<p>Returns a list of all <b>buckets</b>, owned by you &amp; nobody else, in the order of "
+            "names.</p><p>More.</p>"
         )
         service = {"documentation": prose, "operations": {"X": {"documentation": "short"}}}
         with gzip.open(folder / "service-2.json.gz", "wt") as out:
