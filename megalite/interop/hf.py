@@ -242,6 +242,8 @@ def _tokenizer_config(tokenizer: str, config: ModelConfig, eod_id: int | None) -
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.max_position_embeddings,
         "clean_up_tokenization_spaces": False,
+        # Without this, version 4 of transformers adds token types, which its own models then refuse.
+        "model_input_names": ["input_ids", "attention_mask"],
         "bos_token": eod,
         "eos_token": eod,
     }

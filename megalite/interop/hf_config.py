@@ -205,6 +205,9 @@ def _rope_from_hf(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]
     """(theta, scaling) from transformers 5's `rope_parameters` or 4's `rope_theta` and `rope_scaling`."""
     field = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
     rope: Mapping[str, Any] = values.get(field) or {}
+    for key, value in rope.items():
+        if isinstance(value, Mapping):
+            _refuse(f"{field}.{key}", value, "one setting for all layers")
     theta = float(rope.get("rope_theta", values.get("rope_theta", 10000.0)))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", 1.0) != 1.0:

@@ -85,6 +85,7 @@ def test_autotokenizer_loads_what_we_write(folder, tokenizer):
     assert theirs.decode(tokenizer.encode(text)) == text
     assert theirs.eos_token == theirs.bos_token == tokenizer.eod_token
     assert theirs.eos_token_id == tokenizer.eod_id
+    assert set(theirs(text)) == {"input_ids", "attention_mask"}
     assert len(theirs) == tokenizer.vocab_size
 
 

@@ -76,6 +76,10 @@ REFUSED = {
         {**LLAMA, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
         "rope_parameters.partial_rotary_factor=0.5 is not supported",
     ),
+    "rope by layer type": (
+        {**LLAMA, "rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
+        "rope_parameters.full_attention={'rope_theta': 10000.0} is not supported: only one setting",
+    ),
     "no factor": ({**LLAMA, "rope_scaling": {"type": "linear"}}, "config.json has no rope_scaling.factor"),
     "activation": ({**LLAMA, "hidden_act": "relu"}, "hidden_act='relu' is not supported: only 'silu'"),
     "no vocabulary": ({**LLAMA, "vocab_size": None}, "config.json has no vocab_size"),

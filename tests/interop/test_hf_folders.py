@@ -22,6 +22,7 @@ from megalite.interop.hf import (
     find_folder,
     folder_texts,
     load_folder,
+    load_pieces,
     model_pieces,
     read_config_json,
     read_pieces,
@@ -173,9 +174,33 @@ def test_an_index_naming_a_missing_file_is_refused(tmp_path):
         load_folder(folder)
 
 
+@pytest.mark.parametrize("text", ["[]", "{}", "{", '{"weight_map": 3}'])
+def test_a_broken_index_is_refused(folder, text):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(UserError, match=r"index\.json has no weight_map of tensor to file"):
+        load_folder(folder)
+
+
+def test_pieces_that_do_not_fit_the_model_are_refused(folder):
+    model = load_folder(folder)
+    pieces = model_pieces(model)
+    norm = pieces.pop("final_norm.weight")
+    with pytest.raises(UserError, match=r"nothing was given for final_norm\.weight"):
+        load_pieces(model, pieces.items())
+    with pytest.raises(UserError, match=r"last_norm\.weight has no place in the model"):
+        load_pieces(model, [("last_norm.weight", norm)])
+
+
 def test_pickled_weights_are_refused(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"neither model\.safetensors nor .*pytorch_model\.bin is a pickle"):
+        load_folder(folder)
+
+
+def test_a_missing_config_is_refused(folder):
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match=r"config\.json does not exist: a Hugging Face folder needs it"):
         load_folder(folder)
 
 
