@@ -246,6 +246,7 @@ class Preparation:
             results[task.base.unit.number] = result
             self.progress.advance(task.base.unit.bytes)
 
+        tasks.sort(key=lambda task: -task.base.unit.bytes)  # files that cannot be divided first: no long tail
         run_all(encode_unit, tasks, workers=min(self.workers, len(tasks)), on_done=done)
         return [results[unit.number] for unit in self.units]
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from megalite.data.word_cache import WordCache
 from megalite.errors import UserError
 
 EOD_TOKEN = "<|endoftext|>"
@@ -64,6 +65,9 @@ class Tokenizer:
         """One more than the largest token id (ids may have gaps)."""
         self.definition = canonical_json(self._tokenizer.to_str())
         self.fingerprint = fingerprint(self.definition)
+        self._words = (
+            WordCache(self._encode_directly) if WordCache.fits(json.loads(self.definition)) else None
+        )
 
     @classmethod
     def load(cls, path: str | Path, *, eod_token: str = EOD_TOKEN, add_eod: bool = False) -> Tokenizer:
@@ -118,7 +122,18 @@ class Tokenizer:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of several texts, without EOD; cheaper than one by one, as no offsets are kept."""
+        """Token ids of several texts, without EOD; much cheaper than one by one (see `word_cache`)."""
+        words = self._words
+        if words is None:
+            return self._encode_directly(texts)
+        ids: list[list[int]] = [[]] * len(texts)
+        for encode, covered in ((words.encode, True), (self._encode_directly, False)):
+            chosen = [number for number, text in enumerate(texts) if words.covers(text) == covered]
+            for number, encoded in zip(chosen, encode([texts[number] for number in chosen]), strict=True):
+                ids[number] = encoded
+        return ids
+
+    def _encode_directly(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 

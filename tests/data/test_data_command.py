@@ -234,7 +234,7 @@ def test_kill_9_and_the_same_command_again(tmp_path: Path):
 
 
 def test_a_full_disk(tmp_path: Path):
-    """Files may not grow beyond a limit (EFBIG for a full disk's ENOSPC): one line, 74, and it goes on later."""
+    """Files may not grow beyond a limit (EFBIG for ENOSPC): one line, 74, and it goes on later."""
     source = corpus(tmp_path / "input.jsonl", 3)
     words = ["prepare", source, *SMALL]
     subprocess.run(command(*words, "--out", tmp_path / "whole"), check=True, env=environment(), timeout=120)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalite.data.tokenize import EOD_TOKEN, Tokenizer, canonical_json, fingerprint
+from megalite.data.word_cache import COVERED, WordCache
 from megalite.errors import UserError
 
 TEXTS = [f"def function_{i}(argument):\n    return argument + {i}\n" for i in range(200)]
@@ -103,3 +104,49 @@ def test_limits(tokenizer: Tokenizer):
         Tokenizer.train(TEXTS, vocab_size=256)
     with pytest.raises(UserError, match="token id 99999 is not in the vocabulary"):
         tokenizer.token_text(99999)
+
+
+class TestWordCache:
+    """Word by word or directly: the ids must be the same."""
+
+    def agree(self, tokenizer: Tokenizer, texts: list[str]) -> None:
+        assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+
+    def test_every_covered_character(self, tokenizer: Tokenizer):
+        """Beside letters, digits, spaces, marks and itself: its class decides where words end."""
+        characters = [chr(c) for low, high in COVERED for c in range(low, high + 1)]
+        texts = [
+            "".join(f"a{c}1{c} {c}{c}!{c}\n" for c in characters[i : i + 500])
+            for i in range(0, len(characters), 500)
+        ]
+        assert all(map(tokenizer._words.covers, texts))
+        self.agree(tokenizer, texts)
+
+    @settings(max_examples=300, deadline=None)
+    @given(texts=st.lists(st.text(alphabet=" \n\t'sreva1.\x1cé€中😀\u0378\u3000", max_size=40), max_size=4))
+    def test_any_mixture(self, tokenizer: Tokenizer, texts: list[str]):
+        self.agree(tokenizer, texts)
+
+    def test_uncovered_characters_are_left_to_the_tokenizer(self, tokenizer: Tokenizer):
+        assert not tokenizer._words.covers("a\u0378")
+        self.agree(tokenizer, ["plain", "Thai \u0e01\u0e02", "unassigned \u0378", "plain again"])
+
+    def test_it_starts_anew_when_full(self, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr("megalite.data.word_cache.MAX_CHARACTERS", 100)
+        for start in range(0, 200, 20):
+            self.agree(tokenizer, TEXTS[start : start + 20])
+        assert tokenizer._words._characters < 1000
+
+    def test_which_tokenizers_fit(self, tokenizer: Tokenizer):
+        definition = json.loads(tokenizer.definition)
+        assert WordCache.fits(definition)
+        for changed in (
+            {"normalizer": {"type": "NFC"}},
+            {"pre_tokenizer": None},
+            {"pre_tokenizer": {**definition["pre_tokenizer"], "add_prefix_space": True}},
+            {"pre_tokenizer": {**definition["pre_tokenizer"], "use_regex": False}},
+            {"model": {**definition["model"], "dropout": 0.1}},
+            {"model": {**definition["model"], "type": "Unigram"}},
+            {"added_tokens": [{**definition["added_tokens"][0], "special": False}]},
+        ):
+            assert not WordCache.fits({**definition, **changed})
