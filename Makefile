@@ -21,6 +21,8 @@ PRETRAIN := $(BIN)/megalite pretrain $(CONFIG) --json
 # One thread per test process: the processes fill the cores, and one thread is bitwise reproducible.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
+CPP_FILES := \( -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh' \)
+
 .PHONY: help
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -54,14 +56,14 @@ lint: ## check style, types and C++ format
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs -r $(BIN)/clang-format --dry-run --Werror --style=file
+	@find csrc -type f $(CPP_FILES) | xargs $(BIN)/clang-format --dry-run --Werror --style=file
 
 .PHONY: format
 format: ## rewrite Python and C++ in the project's style
 	@scripts/bootstrap.sh dev
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
-	@git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs -r $(BIN)/clang-format -i --style=file
+	@find csrc -type f $(CPP_FILES) | xargs $(BIN)/clang-format -i --style=file
 
 .PHONY: clean
 clean: ## remove .venv and build outputs; data and runs are kept

@@ -45,7 +45,8 @@ system_torch_has_cuda() {
 import sys, torch
 version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 minimum = tuple(int(part) for part in sys.argv[1].split("."))
-sys.exit(not (torch.cuda.is_available() and version >= minimum))
+of_the_system = sys.prefix == sys.base_prefix  # another virtual environment's packages would not be visible
+sys.exit(not (of_the_system and torch.cuda.is_available() and version >= minimum))
 PYTHON_CODE
 }
 
