@@ -1,9 +1,7 @@
-"""Later passes over the input: a bounded sample of training text, and the tokens of every document."""
+"""Later passes over the input: which documents are used, and the tokens of each."""
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -18,7 +16,6 @@ from megalite.data.dedup import FLAGS_FILE, is_validation
 from megalite.data.documents import CorruptInputError, Document, ReadOptions
 from megalite.data.files import read_json, write_json
 from megalite.data.indexed import Array, token_dtype
-from megalite.data.order import key, mix
 from megalite.data.plan import Unit, read_unit
 from megalite.data.scan import content_hash, hash_chunks, is_empty
 from megalite.data.tokenize import Tokenizer
@@ -42,17 +39,6 @@ class UnitTask:
     validation_max_document_bytes: int
     options: ReadOptions
     skip_bad: bool
-
-
-@dataclass(frozen=True, slots=True)
-class SampleTask:
-    """Write the unit's share of the tokenizer's training sample into `folder`."""
-
-    base: UnitTask
-    folder: str
-    threshold: int
-    """A training document is sampled if its keyed hash is below this."""
-    seed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,21 +73,6 @@ class EncodeResult:
     """Processor seconds: reading, hashing, encoding, writing."""
     tokenizer_s: float = 0.0
     """Those of them inside the tokenizer."""
-
-
-def sample_unit(task: SampleTask) -> int:
-    """Write sampled training documents as JSON lines; returns their bytes."""
-    path = Path(task.folder) / f"{task.base.unit.number:06d}.jsonl"
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    seed_key = key(task.seed, 0x5A3)
-    written = 0
-    with open(temporary, "w", encoding="utf-8") as out:
-        for used in used_documents(task.base):
-            if used.split == "train" and mix(used.split_hash ^ seed_key) < task.threshold:
-                out.write(json.dumps(used.document.data.decode("utf-8")) + "\n")
-                written += len(used.document.data)
-    os.replace(temporary, path)
-    return written
 
 
 def encode_unit(task: EncodeTask) -> EncodeResult:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import platform
 import time
@@ -24,18 +23,17 @@ from megalite.data.documents import ReadOptions
 from megalite.data.encode import (
     EncodeResult,
     EncodeTask,
-    SampleTask,
     UnitTask,
     encode_result,
     encode_unit,
-    sample_unit,
 )
 from megalite.data.files import read_json, write_json
 from megalite.data.plan import Unit, plan_units, unit_bytes
 from megalite.data.scan import ScanResult, ScanTask, scan_result, scan_unit
 from megalite.data.sources import Source, SourceFile, list_files, parse_sources
 from megalite.data.tokenize import EOD_TOKEN, FILE_NAME, Tokenizer
-from megalite.data.workers import run_all
+from megalite.data.vocabulary import SampleTask, TrainTask, sample_unit, train_tokenizer
+from megalite.data.workers import run_all, run_apart
 from megalite.errors import UserError
 
 MIN_DOCUMENT_LIMIT = 1024
@@ -205,13 +203,14 @@ class Preparation:
 
     def _tokenizer(self, base_tasks: Sequence[UnitTask], dedup: DedupResult) -> Tokenizer:
         path = self.work / FILE_NAME
-        if path.exists():
-            return Tokenizer.load(path, eod_token=self.options.eod_token)
-        tokenizer = self.given_tokenizer or self._train_tokenizer(base_tasks, dedup)
-        tokenizer.save(path)
-        return tokenizer
+        if not path.exists():
+            if self.given_tokenizer is not None:
+                self.given_tokenizer.save(path)
+            else:
+                self._train_tokenizer(base_tasks, dedup, path)
+        return Tokenizer.load(path, eod_token=self.options.eod_token)
 
-    def _train_tokenizer(self, base_tasks: Sequence[UnitTask], dedup: DedupResult) -> Tokenizer:
+    def _train_tokenizer(self, base_tasks: Sequence[UnitTask], dedup: DedupResult, path: Path) -> None:
         share = min(1.0, self.options.tokenizer_sample_bytes / (dedup.bytes - dedup.validation_bytes))
         threshold = 2**64 if share == 1.0 else int(share * 2**64)
         folder = self.folders["sample"]
@@ -224,12 +223,19 @@ class Preparation:
 
         run_all(sample_unit, waiting, workers=min(self.workers, len(waiting)), on_done=done)
         self.progress.stage("train the tokenizer", 1)
-        texts = _sampled_texts(folder, len(tasks), 2 * self.options.tokenizer_sample_bytes)
-        tokenizer = Tokenizer.train(
-            texts, vocab_size=self.options.vocab_size, eod_token=self.options.eod_token
+        training = TrainTask(
+            folder=str(folder),
+            path=str(path),
+            limit=2 * self.options.tokenizer_sample_bytes,
+            vocab_size=self.options.vocab_size,
+            eod_token=self.options.eod_token,
         )
+        # Training takes several times the sample's size, which the allocator would keep in this process.
+        if self.workers > 1:
+            run_apart(train_tokenizer, training)
+        else:
+            train_tokenizer(training)
         self.progress.advance(1)
-        return tokenizer
 
     def _encode(self, base_tasks: Sequence[UnitTask], tokenizer: Tokenizer) -> list[EncodeResult]:
         folder = self.folders["encode"]
@@ -323,19 +329,6 @@ class Preparation:
             reported = now
 
         yield report
-
-
-def _sampled_texts(folder: Path, units: int, limit: int) -> Iterator[str]:
-    """The sampled documents in input order; the sum of their characters stays below `limit`."""
-    total = 0
-    for unit in range(units):
-        with open(folder / f"{unit:06d}.jsonl", encoding="utf-8") as lines:
-            for line in lines:
-                text = json.loads(line)
-                total += len(text)
-                if total > limit:
-                    return
-                yield text
 
 
 def _digest(parts: Iterable[str]) -> str:

@@ -13,6 +13,10 @@ from typing import TypeVar
 
 from megalite.errors import StorageError
 
+_DIED = (
+    "a worker process was killed (out of memory?): run the same command again to go on where it stopped, with "
+    "fewer --workers if memory is short"
+)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -44,12 +48,24 @@ def run_all(
         try:
             _drive(pool, function, items, 2 * workers, on_done)
         except BrokenProcessPool:
-            raise StorageError(
-                "a worker process was killed (out of memory?): run the same command again to go on where it "
-                "stopped, with fewer --workers if memory is short"
-            ) from None
+            raise StorageError(_DIED) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def run_apart(function: Callable[[Item], Result], item: Item) -> Result:
+    """Call `function` in a process of its own, so that the memory it took is given back.
+
+    Raises:
+        StorageError: the process died.
+        Exception: whatever `function` raises.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_follow_parent) as pool:
+        try:
+            return pool.submit(function, item).result()
+        except BrokenProcessPool:
+            raise StorageError(_DIED) from None
 
 
 def _drive(
@@ -76,12 +92,17 @@ def _drive(
 
 
 def _start_worker() -> None:
-    """Set up a worker: one thread for tokenizers, and no life after its parent's death.
+    """Set up one of many workers: one thread for tokenizers."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _follow_parent()
+
+
+def _follow_parent() -> None:
+    """End with the parent process.
 
     A worker of a killed parent would otherwise wait for work for ever (it holds the queue's writing end
     itself).
     """
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
