@@ -93,7 +93,7 @@ def test_batch_ramp_is_consistent_with_its_sums():
 def test_a_world_that_does_not_divide_the_batch_is_refused_with_a_way_out():
     train = TrainConfig(micro_batch_size=4, global_batch_size=8)
     train.validate_world(2)
-    with pytest.raises(UserError, match="use multiples of 12, for example train.global_batch_size=12"):
+    with pytest.raises(UserError, match=r"use multiples of 12, for example train\.global_batch_size=12"):
         train.validate_world(3)
 
 

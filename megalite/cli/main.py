@@ -10,14 +10,21 @@ from megalite import __version__
 from megalite.errors import ExitCode, UserError
 
 COMMANDS = {
-    "data": "megalite.cli.data",
-    "pretrain": "megalite.cli.pretrain",
-    "replay": "megalite.cli.replay",
-    "sample": "megalite.cli.sample",
-    "report": "megalite.cli.report",
-    "export": "megalite.cli.export",
-    "import": "megalite.cli.import_",
+    "data": ("megalite.cli.data", "prepare text for training, inspect it, name the documents of a step"),
+    "pretrain": (
+        "megalite.cli.pretrain",
+        "pre-train a base model, or continue a run from its newest checkpoint",
+    ),
+    "replay": (
+        "megalite.cli.replay",
+        "repeat one step of a run and name the first thing in it that is not finite",
+    ),
+    "sample": ("megalite.cli.sample", "generate text from a checkpoint"),
+    "report": ("megalite.cli.report", "one HTML page about a run: charts, samples, is pre-training helping"),
+    "export": ("megalite.cli.export", "write a checkpoint as a Hugging Face folder"),
+    "import": ("megalite.cli.import_", "check a Hugging Face folder and make it one to train from"),
 }
+"""Command → its module (imported only when it runs, so that help is instant) and what it does."""
 
 EXIT_CODES = """exit codes:
   0   done
@@ -41,7 +48,7 @@ def main(argv: list[str]) -> int:
         print(f"megalite: error: unknown command {name!r}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
         return ExitCode.BAD_INPUT
     try:
-        code: int = importlib.import_module(COMMANDS[name]).main(rest)
+        code: int = importlib.import_module(COMMANDS[name][0]).main(rest)
         return code
     except UserError as error:
         return _fail(str(error), error.exit_code)
@@ -73,6 +80,5 @@ def _describe(error: OSError) -> str:
 
 def _overview() -> str:
     lines = ["usage: megalite COMMAND [options]     (megalite COMMAND --help says more)", "", "commands:"]
-    for name, module in COMMANDS.items():
-        lines.append(f"  {name:<10} {importlib.import_module(module).SUMMARY}")
+    lines += [f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items()]
     return "\n".join([*lines, "", EXIT_CODES])

@@ -10,8 +10,6 @@ from megalite.cli.config_file import parse_pretrain, write_toml
 from megalite.errors import ExitCode
 from megalite.parallel.mesh import close_mesh, make_mesh
 
-SUMMARY = "pre-train a base model, or continue a run from its newest checkpoint"
-
 
 def main(argv: list[str]) -> int:
     """Run the command; returns the exit code."""

@@ -14,8 +14,6 @@ from megalite.cli.config_file import config_from_file, parse
 from megalite.errors import ExitCode, UserError
 from megalite.parallel.mesh import close_mesh, make_mesh
 
-SUMMARY = "repeat one step of a run and name the first non-finite module and parameters"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:

@@ -92,9 +92,9 @@ def finish(session: Session, train_seconds: float) -> dict[str, Any]:
     baselines = json.loads(baselines_file.read_text(encoding="utf-8"))
     if not (run_dir / "result.json").exists():
         log.event("finish", trainer.completed_steps)
-    report = write_report(run_dir)
-    result = summarise(session, baselines, train_seconds) | {"report": str(report)}
+    result = summarise(session, baselines, train_seconds) | {"report": str(run_dir / "report.html")}
     log.write_json("result.json", result)
+    write_report(run_dir)
     return result
 
 

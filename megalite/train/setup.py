@@ -97,19 +97,12 @@ def build_session(config: RunConfig, mesh: Mesh, *, replay_step: int | None = No
     Raises:
         UserError: data, weights, checkpoint and configuration do not fit together; the message says which.
     """
-    prepared = open_prepared(config.data.datasets)
-    tokenizer = prepared[0].tokenizer()
+    tokenizer = open_prepared(config.data.datasets)[0].tokenizer()
     config = dataclasses.replace(config, model=settle_model(config, tokenizer))
     config.train.validate_world(mesh.dp.size)
-    run_dir = Path(config.directory)
-    newest = latest_checkpoint(run_dir / "checkpoints", before_step=replay_step) if mesh.is_first else None
-    found = broadcast_object(newest, mesh.dp)
-    recording = mesh.is_first and replay_step is None
-    manifest = read_manifest(found) if found else None
-    if manifest:
-        check_same_run(manifest["config"], to_dict(config), run_dir)
-        check_tokenizer(manifest["tokenizer_fingerprint"], tokenizer.fingerprint, found)
-    precision = broadcast_object(settle_precision(config, mesh, manifest) if mesh.is_first else None, mesh.dp)
+    found, manifest = find_checkpoint(config, mesh, tokenizer, replay_step)
+    measured = settle_precision(config, mesh, manifest) if mesh.is_first else None
+    precision: Precision = broadcast_object(measured, mesh.dp)
 
     model = Transformer(config.model, device=mesh.device)
     if not manifest:
@@ -117,33 +110,88 @@ def build_session(config: RunConfig, mesh: Mesh, *, replay_step: int | None = No
     buffers = FlatBuffers(model, mesh.dp, precision.dtype)
     optimizer = AdamW(buffers, config.optimizer)
     guard = StepGuard(mesh.device, sigma=config.train.spike_sigma, skip_spikes=config.train.skip_spikes)
-    step = 0
     if found and manifest:
         state = load_state(found, manifest, buffers, hf_tensors(config.model))
         optimizer.step_count.copy_(state.pop("step_count"))
         guard.load_state(state)
-        step = manifest["step"]
+
     flops = flops_per_token(config.model, config.train.seq_length)
-    saver = Saver(
-        run_dir / "checkpoints", keep=config.checkpoint.keep_last, asynchronous=config.checkpoint.asynchronous
+    trainer = _make_trainer(
+        config,
+        mesh,
+        TrainedState(model, buffers, optimizer, guard),
+        tokenizer,
+        flops,
+        precision,
+        step=manifest["step"] if manifest else 0,
+        recording=mesh.is_first and replay_step is None,
     )
+    keep, asynchronous = config.checkpoint.keep_last, config.checkpoint.asynchronous
+    saver = Saver(Path(config.directory) / "checkpoints", keep=keep, asynchronous=asynchronous)
+    trainer.save = lambda done: save_checkpoint(trainer, saver, precision, done)
+    return Session(config, trainer, saver, StopSignal(mesh), precision, flops, found)
+
+
+def find_checkpoint(
+    config: RunConfig, mesh: Mesh, tokenizer: Tokenizer, replay_step: int | None
+) -> tuple[Path | None, dict[str, Any] | None]:
+    """The checkpoint to go on from and its manifest, the same on all ranks; (None, None) for a fresh run.
+
+    Raises:
+        UserError: it belongs to a run with other settings, or to another tokenizer.
+    """
+    run_dir = Path(config.directory)
+    newest = latest_checkpoint(run_dir / "checkpoints", before_step=replay_step) if mesh.is_first else None
+    found: Path | None = broadcast_object(newest, mesh.dp)
+    if found is None:
+        return None, None
+    manifest = read_manifest(found)
+    check_same_run(manifest["config"], to_dict(config), run_dir)
+    check_tokenizer(manifest["tokenizer_fingerprint"], tokenizer.fingerprint, found)
+    return found, manifest
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedState:
+    """What a checkpoint fills: the model's buffers, the optimizer and the guard."""
+
+    model: Transformer
+    buffers: FlatBuffers
+    optimizer: AdamW
+    guard: StepGuard
+
+
+def _make_trainer(
+    config: RunConfig,
+    mesh: Mesh,
+    state: TrainedState,
+    tokenizer: Tokenizer,
+    flops: FlopsPerToken,
+    precision: Precision,
+    *,
+    step: int,
+    recording: bool,
+) -> Trainer:
+    """The trainer after `step` completed steps; `recording` is whether this process writes the run's files."""
+    run_dir = Path(config.directory)
     log = RunLog(run_dir, enabled=recording)
     log.continue_after(step)
-    trainer = Trainer(
+    datasets = config.data.datasets
+    return Trainer(
         config=config,
         mesh=mesh,
-        model=model,
-        buffers=buffers,
-        optimizer=optimizer,
-        guard=guard,
+        model=state.model,
+        buffers=state.buffers,
+        optimizer=state.optimizer,
+        guard=state.guard,
         loader=TrainLoader(
-            load_datasets(config.data.datasets, seq_length=config.train.seq_length, seed=config.data.seed),
+            load_datasets(datasets, seq_length=config.train.seq_length, seed=config.data.seed),
             micro_batch_size=config.train.micro_batch_size,
             dp_rank=mesh.dp.rank,
             dp_size=mesh.dp.size,
             pin_memory=mesh.device.type == "cuda",
         ),
-        validation=load_validation(config.data.datasets),
+        validation=load_validation(datasets),
         tokenizer=tokenizer,
         metrics=Metrics(
             config,
@@ -159,8 +207,6 @@ def build_session(config: RunConfig, mesh: Mesh, *, replay_step: int | None = No
         save=lambda done: None,
         completed_steps=step,
     )
-    trainer.save = lambda done: save_checkpoint(trainer, saver, precision, done)
-    return Session(config, trainer, saver, StopSignal(mesh), precision, flops, found)
 
 
 def settle_model(config: RunConfig, tokenizer: Tokenizer) -> ModelConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass, field
 
@@ -45,7 +46,7 @@ class StepTimer:
 def read_ms(marks: list[tuple[str, float | torch.cuda.Event]]) -> dict[str, float]:
     """Milliseconds of each phase, and of the whole step as ``step``."""
     out = dict.fromkeys(PHASES, 0.0)
-    for (_, before), (phase, after) in zip(marks, marks[1:], strict=False):
+    for (_, before), (phase, after) in itertools.pairwise(marks):
         out[phase] += _elapsed_ms(before, after)
     out["step"] = _elapsed_ms(marks[0][1], marks[-1][1])
     return out
@@ -54,5 +55,6 @@ def read_ms(marks: list[tuple[str, float | torch.cuda.Event]]) -> dict[str, floa
 def _elapsed_ms(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
     if isinstance(start, float) and isinstance(end, float):
         return (end - start) * 1e3
-    assert isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event)
+    assert isinstance(start, torch.cuda.Event)
+    assert isinstance(end, torch.cuda.Event)
     return start.elapsed_time(end)

@@ -66,7 +66,9 @@ def wait_for_progress(run_dir: Path, chooser: random.Random):
     return condition, aim_at_save
 
 
-def kill_until_done(tmp_path: Path, dataset: Path, kills: int, seed: int) -> tuple[dict[int, float], int, int]:
+def kill_until_done(
+    tmp_path: Path, dataset: Path, kills: int, seed: int
+) -> tuple[dict[int, float], int, int]:
     """Losses of a run killed (at most) `kills` times; how many kills hit, and how many of them a save."""
     chooser = random.Random(seed)
     run_dir = tmp_path / "killed"

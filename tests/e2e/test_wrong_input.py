@@ -36,7 +36,9 @@ def break_tokenizer(folder: Path) -> None:
 
 def change_tokenizer(folder: Path) -> None:
     text = (folder / "tokenizer.json").read_text()
-    (folder / "tokenizer.json").write_text(text.replace('"Ġthe"', '"Ġteh"'))
+    (folder / "tokenizer.json").write_text(
+        text.replace('"add_prefix_space": false', '"add_prefix_space": true')
+    )
 
 
 def shorten_bin(folder: Path) -> None:

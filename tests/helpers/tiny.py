@@ -15,7 +15,22 @@ from megalite.data.dataset import DOCUMENT_RECORD
 from megalite.data.indexed import IndexedWriter
 from megalite.data.tokenize import Tokenizer
 
-WORDS = "the a cat dog sees likes big small red house tree and or runs sleeps under over".split()
+WORDS = (
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "sees",
+    "likes",
+    "big",
+    "red",
+    "house",
+    "and",
+    "or",
+    "runs",
+    "sleeps",
+    "under",
+)
 
 
 def make_dataset(folder: Path, *, documents: int = 120, seed: int = 0, vocab_size: int = 300) -> Path:
@@ -29,7 +44,9 @@ def make_dataset(folder: Path, *, documents: int = 120, seed: int = 0, vocab_siz
         "validation": _write_split(folder, "validation", texts[::10], tokenizer),
     }
     tokenizer.save(folder / "tokenizer.json")
-    (folder / "files.jsonl").write_text(json.dumps({"path": "made up", "source": "even", "unit": "byte"}) + "\n")
+    (folder / "files.jsonl").write_text(
+        json.dumps({"path": "made up", "source": "even", "unit": "byte"}) + "\n"
+    )
     info = {
         "format": "megalite-dataset",
         "version": 1,

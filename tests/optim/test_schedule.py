@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from megalite.config import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
@@ -21,7 +23,7 @@ def test_warmup_rises_to_the_peak_and_cosine_ends_on_the_floor():
     assert rates[9] == 1.0
     assert rates[54] == pytest.approx(0.55)
     assert rates[-1] == pytest.approx(0.1)
-    assert all(a > b for a, b in zip(rates[9:], rates[10:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[9:]))
 
 
 def test_wsd_is_stable_then_falls_linearly():

@@ -39,7 +39,9 @@ GPT2 = {
 CONFIGS = {
     "gpt2": ModelConfig(vocab_size=301, **SMALL, **GPT2),
     "llama": ModelConfig(vocab_size=301, num_key_value_heads=2, **SMALL),
-    "qwen3": ModelConfig(vocab_size=301, num_key_value_heads=2, family="qwen3", qk_norm=True, head_dim=16, **SMALL),
+    "qwen3": ModelConfig(
+        vocab_size=301, num_key_value_heads=2, family="qwen3", qk_norm=True, head_dim=16, **SMALL
+    ),
 }
 
 
@@ -57,14 +59,21 @@ def make_buffers(config: ModelConfig, dtype: torch.dtype = torch.float32, seed: 
 def save(config: ModelConfig, buffers: FlatBuffers, root: Path, step: int = 3) -> Path:
     state = {"step_count": torch.tensor(3.0), "history": torch.arange(4.0)}
     snapshot = ckpt.take_snapshot(
-        buffers, hf_tensors(config), state, step=step, metadata={"tokens": 7}, texts={"weights/config.json": "{}"}
+        buffers,
+        hf_tensors(config),
+        state,
+        step=step,
+        metadata={"tokens": 7},
+        texts={"weights/config.json": "{}"},
     )
     return ckpt.write_snapshot(snapshot, root)
 
 
 def values(buffers: FlatBuffers) -> dict[str, torch.Tensor]:
     kinds = ckpt.KIND_FILES
-    return {f"{kind} {piece.name}": view.clone() for kind in kinds for piece, view in buffers.piece_tensors(kind)}
+    return {
+        f"{kind} {piece.name}": view.clone() for kind in kinds for piece, view in buffers.piece_tensors(kind)
+    }
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -106,7 +115,9 @@ def test_large_models_are_split_into_files_with_an_index(tmp_path, monkeypatch):
     assert set(index["weight_map"].values()) == files
     other = make_buffers(config, seed=5)
     ckpt.load_state(folder, ckpt.read_manifest(folder), other, hf_tensors(config))
-    assert all(torch.equal(a, b) for a, b in zip(values(buffers).values(), values(other).values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(values(buffers).values(), values(other).values(), strict=True)
+    )
 
 
 def test_a_stale_copy_is_noticed_before_the_checkpoint_appears(tmp_path):
@@ -128,7 +139,7 @@ def test_a_flipped_bit_is_an_error_that_names_the_tensor(file, tmp_path):
     raw = bytearray((folder / file).read_bytes())
     raw[-5] ^= 1
     (folder / file).write_bytes(raw)
-    with pytest.raises(StorageError, match="is damaged; remove .* to go back to an earlier checkpoint"):
+    with pytest.raises(StorageError, match=r"is damaged; remove .* to go back to an earlier checkpoint"):
         ckpt.load_state(folder, ckpt.read_manifest(folder), make_buffers(config), hf_tensors(config))
 
 

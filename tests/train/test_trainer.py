@@ -49,7 +49,8 @@ def session_for(config: RunConfig, mesh: Mesh = CPU) -> Session:
 
 def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {
-        name: view.clone() for name, view in zip(trainer.buffers.names(), trainer.buffers.grad_views(), strict=True)
+        name: view.clone()
+        for name, view in zip(trainer.buffers.names(), trainer.buffers.grad_views(), strict=True)
     }
 
 
@@ -175,9 +176,7 @@ def test_ranks_with_unequal_masks_equal_one_process(dataset, tmp_path, rank_pool
 
 
 def run_on_rank(config: RunConfig) -> int:
-    mesh = Mesh(
-        device=torch.device("cpu"), dp=Axis(dist.get_world_size(), dist.get_rank(), dist.group.WORLD)
-    )
+    mesh = Mesh(device=torch.device("cpu"), dp=Axis(dist.get_world_size(), dist.get_rank(), dist.group.WORLD))
     return run_pretraining(config, mesh, command="test", config_toml=lambda config: "").code
 
 
@@ -240,7 +239,9 @@ def test_a_non_finite_step_is_skipped_counted_and_named(dataset, tmp_path):
 
 
 def test_too_many_skipped_steps_end_the_run_as_diverged(dataset, tmp_path):
-    session = session_for(tiny_config(dataset, tmp_path / "run", train={"max_skipped_steps": 3, "log_interval": 1}))
+    session = session_for(
+        tiny_config(dataset, tmp_path / "run", train={"max_skipped_steps": 3, "log_interval": 1})
+    )
     poison(session.trainer, set(range(4, 12)), math.inf)
     with pytest.raises(DivergedError, match="the last 3 steps had non-finite losses or gradients"):
         session.trainer.train(session.stop)
@@ -335,7 +336,7 @@ def test_no_step_waits_for_the_host(dataset, tmp_path, precision, monkeypatch):
     batches = trainer.load(0)
     trainer.load = lambda step: batches  # type: ignore[method-assign]
     parameters = list(trainer.model.parameters())
-    trainer.model.loss = lambda *_, **__: sum(p.float().square().sum() for p in parameters)  # type: ignore
+    trainer.model.loss = lambda *_, **__: sum(p.float().square().sum() for p in parameters)  # type: ignore[assignment]
     trainer.train_step(0, session.stop)  # once before, so that only the step itself is watched
 
     def forbidden(*_args: object, **_kwargs: object) -> None:
