@@ -3,7 +3,7 @@
 Byte-level BPE first splits text into words by a fixed pattern and then merges within each word, so a word has
 the same ids wherever it stands. Natural text repeats its words: finding them with Python's ``re`` and looking
 them up costs far less than merging them anew. The tokenizer itself encodes words that were not seen yet, and
-whole texts with characters whose class (letter, number, space) may differ between versions of Unicode.
+parts of texts with characters whose class (letter, number, space) may differ between versions of Unicode.
 """
 
 from __future__ import annotations
@@ -11,11 +11,15 @@ from __future__ import annotations
 import itertools
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 MAX_CHARACTERS = 1_500_000
 """Characters of words kept before the cache starts anew: at most about 70 MB."""
+SEGMENT = 2048
+"""Characters after which a text that is not covered is cut: it stays with the tokenizer in such parts only."""
+SAFE_CUT = re.compile(r"\S\n(?=\S)")
+"""Where no word crosses: a line end alone between two characters that are no spaces is a word of its own."""
 SPACES = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 """Unicode's White_Space (Python's own ``\\s`` also has the separators 0x1C to 0x1F)."""
 COVERED = (
@@ -41,14 +45,14 @@ COVERED = (
 
 
 class WordCache:
-    """Encodes texts of characters it `covers`; made only for tokenizers that `fit`.
+    """Encodes texts word by word; made only for tokenizers that `fit`.
 
     Args:
-        encode_words: ids of several words by the tokenizer itself.
+        encode_directly: ids of several texts by the tokenizer itself.
     """
 
-    def __init__(self, encode_words: Callable[[list[str]], list[list[int]]]) -> None:
-        self._encode_words = encode_words
+    def __init__(self, encode_directly: Callable[[list[str]], list[list[int]]]) -> None:
+        self._encode_directly = encode_directly
         self._known: dict[str, list[int]] = {}
         self._characters = 0
         self._ascii = _word_pattern(((0, 0x7F),))
@@ -70,20 +74,37 @@ class WordCache:
             and all(token["special"] for token in definition.get("added_tokens") or ())
         )
 
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text."""
+        if self._characters > MAX_CHARACTERS:
+            self._known, self._characters = {}, 0
+        return [
+            list(itertools.chain.from_iterable(self._encode_segment(part) for part in self._segments(text)))
+            for text in texts
+        ]
+
     def covers(self, text: str) -> bool:
         """True if every character of the text has a fixed class."""
         return text.isascii() or self._uncovered.search(text) is None
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text."""
-        split = [(self._ascii if text.isascii() else self._wide).findall(text) for text in texts]
-        if self._characters > MAX_CHARACTERS:
-            self._known, self._characters = {}, 0
+    def _segments(self, text: str) -> Iterator[str]:
+        """The text if it is covered, else parts of it whose words are those of the text."""
+        start = 0
+        if not self.covers(text):
+            while (cut := SAFE_CUT.search(text, start + SEGMENT)) is not None:
+                yield text[start : cut.end()]
+                start = cut.end()
+        yield text[start:]
+
+    def _encode_segment(self, text: str) -> Iterable[int]:
+        if not self.covers(text):
+            return self._encode_directly([text])[0]
         known = self._known
-        new = [word for word in set(itertools.chain.from_iterable(split)) if word not in known]
-        known.update(zip(new, self._encode_words(new), strict=True))
+        words = (self._ascii if text.isascii() else self._wide).findall(text)
+        new = [word for word in set(words) if word not in known]
+        known.update(zip(new, self._encode_directly(new), strict=True))
         self._characters += sum(map(len, new))
-        return [list(itertools.chain.from_iterable(map(known.__getitem__, words))) for words in split]
+        return itertools.chain.from_iterable(map(known.__getitem__, words))
 
 
 def _word_pattern(covered: Sequence[tuple[int, int]]) -> re.Pattern[str]:

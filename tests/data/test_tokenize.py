@@ -129,7 +129,24 @@ class TestWordCache:
 
     def test_uncovered_characters_are_left_to_the_tokenizer(self, tokenizer: Tokenizer):
         assert not tokenizer._words.covers("a\u0378")
+        line = "a line \u0e01 of Thai, with  spaces.\n"
+        mixed = [
+            line * 200,
+            "x\n" * 3000 + line,
+            (line + "\n") * 150,
+            (line + " \n\u2028") * 99,
+            "\u0378\n" * 5000,
+        ]
+        self.agree(tokenizer, mixed)
+        assert len(list(tokenizer._words._segments(mixed[0]))) > 2
         self.agree(tokenizer, ["plain", "Thai \u0e01\u0e02", "unassigned \u0378", "plain again"])
+
+    @settings(max_examples=100, deadline=None)
+    @given(text=st.text(alphabet="ab \n\t.\x1c\u0e01", max_size=60))
+    def test_cuts_of_uncovered_texts(self, tokenizer: Tokenizer, text: str):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("megalite.data.word_cache.SEGMENT", 3)
+            self.agree(tokenizer, [text, text + "\u0e01"])
 
     def test_it_starts_anew_when_full(self, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr("megalite.data.word_cache.MAX_CHARACTERS", 100)
