@@ -43,8 +43,8 @@ void activation_backward(DType dtype, Activation kind, const void* dy, const voi
                          int threads);
 
 // y [rows, cols] = activation(gate) * up; rows of gate and up (and of their gradients) are `stride` apart.
-void gated_forward(DType dtype, Activation kind, const void* gate, const void* up, void* y, int64_t rows,
-                   int64_t cols, int64_t stride, int threads);
+void gated_forward(DType dtype, Activation kind, const void* gate, const void* up, void* y, int64_t rows, int64_t cols,
+                   int64_t stride, int threads);
 void gated_backward(DType dtype, Activation kind, const void* dy, const void* gate, const void* up, void* dgate,
                     void* dup, int64_t rows, int64_t cols, int64_t stride, int threads);
 
@@ -63,9 +63,8 @@ void cross_entropy_backward(DType dtype, const float* dloss, int64_t dloss_strid
                             LossOptions options, int threads);
 
 // Both at once, row by row while the row is in cache; the logits are overwritten with their gradient.
-int64_t cross_entropy_grad(DType dtype, void* logits, const int64_t* target, const float* scale,
-                           int64_t scale_stride, float* loss, float* lse, int64_t rows, int64_t cols,
-                           LossOptions options, int threads);
+int64_t cross_entropy_grad(DType dtype, void* logits, const int64_t* target, const float* scale, int64_t scale_stride,
+                           float* loss, float* lse, int64_t rows, int64_t cols, LossOptions options, int threads);
 
 // One document (or batch row): its queries are the last of its keys. Starts are tokens; lse_start is an offset.
 struct Segment {

@@ -22,149 +22,169 @@ using Address = uintptr_t;
 using Release = py::call_guard<py::gil_scoped_release>;
 
 void bind_norms(py::module_& m) {
-  m.def("rms_norm_forward",
-        [](int dtype, Address x, Address residual, Address weight, Address y, Address total, Address rstd, int64_t rows,
-           int64_t cols, float eps, float offset, int threads) {
-          megalite::rms_norm_forward(DType(dtype), at(x), at(residual), at<float>(weight), at(y), at(total),
-                                     at<float>(rstd), rows, cols, eps, offset, threads);
-        },
-        Release());
-  m.def("rms_norm_backward",
-        [](int dtype, Address dy, Address dresidual, Address x, Address weight, Address rstd, Address dx,
-           Address dweight, int64_t rows, int64_t cols, float offset, int threads) {
-          megalite::rms_norm_backward(DType(dtype), at(dy), at(dresidual), at(x), at<float>(weight), at<float>(rstd),
-                                      at(dx), at<float>(dweight), rows, cols, offset, threads);
-        },
-        Release());
-  m.def("layer_norm_forward",
-        [](int dtype, Address x, Address residual, Address weight, Address bias, Address y, Address total,
-           Address mean, Address rstd, int64_t rows, int64_t cols, float eps, int threads) {
-          megalite::layer_norm_forward(DType(dtype), at(x), at(residual), at<float>(weight), at<float>(bias), at(y),
-                                       at(total), at<float>(mean), at<float>(rstd), rows, cols, eps, threads);
-        },
-        Release());
-  m.def("layer_norm_backward",
-        [](int dtype, Address dy, Address dresidual, Address x, Address weight, Address mean, Address rstd, Address dx,
-           Address dweight, Address dbias, int64_t rows, int64_t cols, int threads) {
-          megalite::layer_norm_backward(DType(dtype), at(dy), at(dresidual), at(x), at<float>(weight), at<float>(mean),
-                                        at<float>(rstd), at(dx), at<float>(dweight), at<float>(dbias), rows, cols,
-                                        threads);
-        },
-        Release());
+  m.def(
+      "rms_norm_forward",
+      [](int dtype, Address x, Address residual, Address weight, Address y, Address total, Address rstd, int64_t rows,
+         int64_t cols, float eps, float offset, int threads) {
+        megalite::rms_norm_forward(DType(dtype), at(x), at(residual), at<float>(weight), at(y), at(total),
+                                   at<float>(rstd), rows, cols, eps, offset, threads);
+      },
+      Release());
+  m.def(
+      "rms_norm_backward",
+      [](int dtype, Address dy, Address dresidual, Address x, Address weight, Address rstd, Address dx, Address dweight,
+         int64_t rows, int64_t cols, float offset, int threads) {
+        megalite::rms_norm_backward(DType(dtype), at(dy), at(dresidual), at(x), at<float>(weight), at<float>(rstd),
+                                    at(dx), at<float>(dweight), rows, cols, offset, threads);
+      },
+      Release());
+  m.def(
+      "layer_norm_forward",
+      [](int dtype, Address x, Address residual, Address weight, Address bias, Address y, Address total, Address mean,
+         Address rstd, int64_t rows, int64_t cols, float eps, int threads) {
+        megalite::layer_norm_forward(DType(dtype), at(x), at(residual), at<float>(weight), at<float>(bias), at(y),
+                                     at(total), at<float>(mean), at<float>(rstd), rows, cols, eps, threads);
+      },
+      Release());
+  m.def(
+      "layer_norm_backward",
+      [](int dtype, Address dy, Address dresidual, Address x, Address weight, Address mean, Address rstd, Address dx,
+         Address dweight, Address dbias, int64_t rows, int64_t cols, int threads) {
+        megalite::layer_norm_backward(DType(dtype), at(dy), at(dresidual), at(x), at<float>(weight), at<float>(mean),
+                                      at<float>(rstd), at(dx), at<float>(dweight), at<float>(dbias), rows, cols,
+                                      threads);
+      },
+      Release());
 }
 
 void bind_elementwise(py::module_& m) {
-  m.def("rope",
-        [](int dtype, Address x, int64_t token_stride, int64_t head_stride, Address cos, Address sin, Address out,
-           int64_t tokens, int64_t heads, int64_t dim, int64_t half, int64_t cos_rows, bool interleaved, bool inverse,
-           int threads) {
-          megalite::rope(DType(dtype), at(x), token_stride, head_stride, at<float>(cos), at<float>(sin), at(out),
-                         tokens, heads, dim, half, cos_rows, interleaved, inverse, threads);
-        },
-        Release());
-  m.def("activation_forward",
-        [](int dtype, int kind, Address x, Address y, int64_t size, int threads) {
-          megalite::activation_forward(DType(dtype), Activation(kind), at(x), at(y), size, threads);
-        },
-        Release());
-  m.def("activation_backward",
-        [](int dtype, int kind, Address dy, Address x, Address dx, int64_t size, int threads) {
-          megalite::activation_backward(DType(dtype), Activation(kind), at(dy), at(x), at(dx), size, threads);
-        },
-        Release());
-  m.def("gated_forward",
-        [](int dtype, int kind, Address gate, Address up, Address y, int64_t rows, int64_t cols, int64_t stride,
-           int threads) {
-          megalite::gated_forward(DType(dtype), Activation(kind), at(gate), at(up), at(y), rows, cols, stride, threads);
-        },
-        Release());
-  m.def("gated_backward",
-        [](int dtype, int kind, Address dy, Address gate, Address up, Address dgate, Address dup, int64_t rows,
-           int64_t cols, int64_t stride, int threads) {
-          megalite::gated_backward(DType(dtype), Activation(kind), at(dy), at(gate), at(up), at(dgate), at(dup), rows,
-                                   cols, stride, threads);
-        },
-        Release());
+  m.def(
+      "rope",
+      [](int dtype, Address x, int64_t token_stride, int64_t head_stride, Address cos, Address sin, Address out,
+         int64_t tokens, int64_t heads, int64_t dim, int64_t half, int64_t cos_rows, bool interleaved, bool inverse,
+         int threads) {
+        megalite::rope(DType(dtype), at(x), token_stride, head_stride, at<float>(cos), at<float>(sin), at(out), tokens,
+                       heads, dim, half, cos_rows, interleaved, inverse, threads);
+      },
+      Release());
+  m.def(
+      "activation_forward",
+      [](int dtype, int kind, Address x, Address y, int64_t size, int threads) {
+        megalite::activation_forward(DType(dtype), Activation(kind), at(x), at(y), size, threads);
+      },
+      Release());
+  m.def(
+      "activation_backward",
+      [](int dtype, int kind, Address dy, Address x, Address dx, int64_t size, int threads) {
+        megalite::activation_backward(DType(dtype), Activation(kind), at(dy), at(x), at(dx), size, threads);
+      },
+      Release());
+  m.def(
+      "gated_forward",
+      [](int dtype, int kind, Address gate, Address up, Address y, int64_t rows, int64_t cols, int64_t stride,
+         int threads) {
+        megalite::gated_forward(DType(dtype), Activation(kind), at(gate), at(up), at(y), rows, cols, stride, threads);
+      },
+      Release());
+  m.def(
+      "gated_backward",
+      [](int dtype, int kind, Address dy, Address gate, Address up, Address dgate, Address dup, int64_t rows,
+         int64_t cols, int64_t stride, int threads) {
+        megalite::gated_backward(DType(dtype), Activation(kind), at(dy), at(gate), at(up), at(dgate), at(dup), rows,
+                                 cols, stride, threads);
+      },
+      Release());
 }
 
 void bind_loss(py::module_& m) {
-  m.def("cross_entropy_forward",
-        [](int dtype, Address logits, Address target, Address loss, Address lse, int64_t rows, int64_t cols,
-           int64_t ignore_index, float label_smoothing, float z_loss, float softcap, int threads) {
-          return megalite::cross_entropy_forward(DType(dtype), at(logits), at<int64_t>(target), at<float>(loss),
-                                                 at<float>(lse), rows, cols,
-                                                 {ignore_index, label_smoothing, z_loss, softcap}, threads);
-        },
-        Release());
-  m.def("cross_entropy_backward",
-        [](int dtype, Address dloss, int64_t dloss_stride, Address logits, Address target, Address lse,
-           Address dlogits, int64_t rows, int64_t cols, int64_t ignore_index, float label_smoothing, float z_loss,
-           float softcap, int threads) {
-          megalite::cross_entropy_backward(DType(dtype), at<float>(dloss), dloss_stride, at(logits),
-                                           at<int64_t>(target), at<float>(lse), at(dlogits), rows, cols,
-                                           {ignore_index, label_smoothing, z_loss, softcap}, threads);
-        },
-        Release());
-  m.def("cross_entropy_grad",
-        [](int dtype, Address logits, Address target, Address scale, int64_t scale_stride, Address loss, Address lse,
-           int64_t rows, int64_t cols, int64_t ignore_index, float label_smoothing, float z_loss, float softcap,
-           int threads) {
-          return megalite::cross_entropy_grad(DType(dtype), at(logits), at<int64_t>(target), at<float>(scale),
-                                              scale_stride, at<float>(loss), at<float>(lse), rows, cols,
-                                              {ignore_index, label_smoothing, z_loss, softcap}, threads);
-        },
-        Release());
+  m.def(
+      "cross_entropy_forward",
+      [](int dtype, Address logits, Address target, Address loss, Address lse, int64_t rows, int64_t cols,
+         int64_t ignore_index, float label_smoothing, float z_loss, float softcap, int threads) {
+        return megalite::cross_entropy_forward(DType(dtype), at(logits), at<int64_t>(target), at<float>(loss),
+                                               at<float>(lse), rows, cols,
+                                               {ignore_index, label_smoothing, z_loss, softcap}, threads);
+      },
+      Release());
+  m.def(
+      "cross_entropy_backward",
+      [](int dtype, Address dloss, int64_t dloss_stride, Address logits, Address target, Address lse, Address dlogits,
+         int64_t rows, int64_t cols, int64_t ignore_index, float label_smoothing, float z_loss, float softcap,
+         int threads) {
+        megalite::cross_entropy_backward(DType(dtype), at<float>(dloss), dloss_stride, at(logits), at<int64_t>(target),
+                                         at<float>(lse), at(dlogits), rows, cols,
+                                         {ignore_index, label_smoothing, z_loss, softcap}, threads);
+      },
+      Release());
+  m.def(
+      "cross_entropy_grad",
+      [](int dtype, Address logits, Address target, Address scale, int64_t scale_stride, Address loss, Address lse,
+         int64_t rows, int64_t cols, int64_t ignore_index, float label_smoothing, float z_loss, float softcap,
+         int threads) {
+        return megalite::cross_entropy_grad(DType(dtype), at(logits), at<int64_t>(target), at<float>(scale),
+                                            scale_stride, at<float>(loss), at<float>(lse), rows, cols,
+                                            {ignore_index, label_smoothing, z_loss, softcap}, threads);
+      },
+      Release());
 }
 
 // (address, token stride, head stride)
 using StridedTuple = std::tuple<Address, int64_t, int64_t>;
 
-megalite::Strided strided(const StridedTuple& t) {
-  return {at(std::get<0>(t)), std::get<1>(t), std::get<2>(t)};
-}
+megalite::Strided strided(const StridedTuple& t) { return {at(std::get<0>(t)), std::get<1>(t), std::get<2>(t)}; }
 
 // (segments' address, their number, heads, kv_heads, dim, lse_head_stride, causal, window, scale)
 using ShapeTuple = std::tuple<Address, int64_t, int64_t, int64_t, int64_t, int64_t, bool, int64_t, float>;
 
 megalite::AttentionShape attention_shape(const ShapeTuple& t) {
-  return {at<const megalite::Segment>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t), std::get<4>(t),
-          std::get<5>(t), std::get<6>(t), std::get<7>(t), std::get<8>(t)};
+  return {at<const megalite::Segment>(std::get<0>(t)),
+          std::get<1>(t),
+          std::get<2>(t),
+          std::get<3>(t),
+          std::get<4>(t),
+          std::get<5>(t),
+          std::get<6>(t),
+          std::get<7>(t),
+          std::get<8>(t)};
 }
 
 void bind_attention(py::module_& m) {
-  m.def("attention_forward",
-        [](int dtype, const StridedTuple& q, const StridedTuple& k, const StridedTuple& v, Address out, Address lse,
-           const ShapeTuple& shape, int threads) {
-          megalite::attention_forward(DType(dtype), strided(q), strided(k), strided(v), at(out), at<float>(lse),
-                                      attention_shape(shape), threads);
-        },
-        Release());
-  m.def("attention_backward",
-        [](int dtype, const StridedTuple& dout, Address dlse, const StridedTuple& q, const StridedTuple& k,
-           const StridedTuple& v, const StridedTuple& out, Address lse, Address dq, Address dk, Address dv,
-           const ShapeTuple& shape, int threads) {
-          megalite::attention_backward(DType(dtype), strided(dout), at<float>(dlse), strided(q), strided(k), strided(v),
-                                       strided(out), at<float>(lse), at(dq), at(dk), at(dv), attention_shape(shape),
-                                       threads);
-        },
-        Release());
+  m.def(
+      "attention_forward",
+      [](int dtype, const StridedTuple& q, const StridedTuple& k, const StridedTuple& v, Address out, Address lse,
+         const ShapeTuple& shape, int threads) {
+        megalite::attention_forward(DType(dtype), strided(q), strided(k), strided(v), at(out), at<float>(lse),
+                                    attention_shape(shape), threads);
+      },
+      Release());
+  m.def(
+      "attention_backward",
+      [](int dtype, const StridedTuple& dout, Address dlse, const StridedTuple& q, const StridedTuple& k,
+         const StridedTuple& v, const StridedTuple& out, Address lse, Address dq, Address dk, Address dv,
+         const ShapeTuple& shape, int threads) {
+        megalite::attention_backward(DType(dtype), strided(dout), at<float>(dlse), strided(q), strided(k), strided(v),
+                                     strided(out), at<float>(lse), at(dq), at(dk), at(dv), attention_shape(shape),
+                                     threads);
+      },
+      Release());
 }
 
 void bind_optimizer(py::module_& m) {
-  m.def("adamw",
-        [](int dtype, Address params, Address master, Address exp_avg, Address exp_avg_sq, Address grads, int64_t size,
-           float beta1, float beta2, float eps, float decay, float step_size, float root_correction, float clip,
-           int threads) {
-          megalite::adamw(DType(dtype), at(params), at<float>(master), at<float>(exp_avg), at<float>(exp_avg_sq),
-                          at<float>(grads), size, {beta1, beta2, eps, decay, step_size, root_correction, clip},
-                          threads);
-        },
-        Release());
-  m.def("sum_of_squares",
-        [](int dtype, Address x, int64_t size, int threads) {
-          return megalite::sum_of_squares(DType(dtype), at(x), size, threads);
-        },
-        Release());
+  m.def(
+      "adamw",
+      [](int dtype, Address params, Address master, Address exp_avg, Address exp_avg_sq, Address grads, int64_t size,
+         float beta1, float beta2, float eps, float decay, float step_size, float root_correction, float clip,
+         int threads) {
+        megalite::adamw(DType(dtype), at(params), at<float>(master), at<float>(exp_avg), at<float>(exp_avg_sq),
+                        at<float>(grads), size, {beta1, beta2, eps, decay, step_size, root_correction, clip}, threads);
+      },
+      Release());
+  m.def(
+      "sum_of_squares",
+      [](int dtype, Address x, int64_t size, int threads) {
+        return megalite::sum_of_squares(DType(dtype), at(x), size, threads);
+      },
+      Release());
 }
 
 }  // namespace

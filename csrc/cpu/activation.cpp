@@ -40,8 +40,8 @@ void activation_backward(DType dtype, Activation kind, const void* dy, const voi
   });
 }
 
-void gated_forward(DType dtype, Activation kind, const void* gate, const void* up, void* y, int64_t rows,
-                   int64_t cols, int64_t stride, int threads) {
+void gated_forward(DType dtype, Activation kind, const void* gate, const void* up, void* y, int64_t rows, int64_t cols,
+                   int64_t stride, int threads) {
   const GatedArguments arguments{nullptr, gate, up, y, nullptr, nullptr, cols, stride};
   MEGALITE_WITH_TYPE(dtype, {
     const auto kernel = MEGALITE_PICK(gated_forward_rows_of<T>);

@@ -47,7 +47,9 @@ inline int parts_for(int64_t elements, int threads) {
 // alone, not on how many threads OpenMP grants, so sums over them have the same bits on every run.
 template <class Body>
 void parallel_ranges(int parts, int64_t items, const Body& body) {
-  const auto range = [&](int64_t part) { body(static_cast<int>(part), items * part / parts, items * (part + 1) / parts); };
+  const auto range = [&](int64_t part) {
+    body(static_cast<int>(part), items * part / parts, items * (part + 1) / parts);
+  };
   if (parts == 1) return range(0);
 #ifdef _OPENMP
 #pragma omp parallel for schedule(static) num_threads(parts)
@@ -59,7 +61,8 @@ void parallel_ranges(int parts, int64_t items, const Body& body) {
 // kernels add to first (two levels keep the rounding of long float sums down).
 class Partials {
  public:
-  Partials(int parts, int sums, int64_t cols) : parts_(parts), sums_(sums), cols_(cols), data_(2 * parts * sums * cols) {}
+  Partials(int parts, int sums, int64_t cols)
+      : parts_(parts), sums_(sums), cols_(cols), data_(2 * parts * sums * cols) {}
 
   float* total(int part, int which) { return data_.data() + (2 * (part * sums_ + which)) * cols_; }
   float* block(int part, int which) { return total(part, which) + cols_; }
@@ -82,21 +85,20 @@ class Partials {
 
 // The instance of a kernel for the instruction set in use.
 #if MEGALITE_X86
-#define MEGALITE_PICK(...)                        \
-  (isa() == Isa::avx512 ? avx512::__VA_ARGS__     \
-                        : isa() == Isa::avx2 ? avx2::__VA_ARGS__ : scalar::__VA_ARGS__)
+#define MEGALITE_PICK(...) \
+  (isa() == Isa::avx512 ? avx512::__VA_ARGS__ : isa() == Isa::avx2 ? avx2::__VA_ARGS__ : scalar::__VA_ARGS__)
 #else
 #define MEGALITE_PICK(...) (isa(), scalar::__VA_ARGS__)
 #endif
 
 // Runs `...` with T being the C++ type of a DType.
-#define MEGALITE_WITH_TYPE(dtype, ...)    \
-  do {                                    \
-    if ((dtype) == DType::bfloat16) {     \
-      using T = bf16;                     \
-      __VA_ARGS__                         \
-    } else {                              \
-      using T = float;                    \
-      __VA_ARGS__                         \
-    }                                     \
+#define MEGALITE_WITH_TYPE(dtype, ...) \
+  do {                                 \
+    if ((dtype) == DType::bfloat16) {  \
+      using T = bf16;                  \
+      __VA_ARGS__                      \
+    } else {                           \
+      using T = float;                 \
+      __VA_ARGS__                      \
+    }                                  \
   } while (0)

@@ -45,9 +45,8 @@ void layer_norm_backward(DType dtype, const void* dy, const void* dresidual, con
   Partials partials(parts, 2, cols);
   MEGALITE_WITH_TYPE(dtype, {
     const auto kernel = MEGALITE_PICK(layer_backward_rows<T>);
-    parallel_ranges(parts, rows, [&](int part, int64_t begin, int64_t end) {
-      kernel(arguments, begin, end, partials, part);
-    });
+    parallel_ranges(parts, rows,
+                    [&](int part, int64_t begin, int64_t end) { kernel(arguments, begin, end, partials, part); });
   });
   partials.sum(0, dweight);
   partials.sum(1, dbias);

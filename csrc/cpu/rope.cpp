@@ -22,7 +22,7 @@ namespace megalite {
 void rope(DType dtype, const void* x, int64_t token_stride, int64_t head_stride, const float* cos, const float* sin,
           void* out, int64_t tokens, int64_t heads, int64_t dim, int64_t half, int64_t cos_rows, bool interleaved,
           bool inverse, int threads) {
-  const RopeArguments arguments{x,   token_stride, head_stride, cos,      sin,         out,
+  const RopeArguments arguments{x,     token_stride, head_stride, cos,      sin,         out,
                                 heads, dim,          half,        cos_rows, interleaved, inverse};
   MEGALITE_WITH_TYPE(dtype, {
     const auto kernel = MEGALITE_PICK(rope_tokens<T>);

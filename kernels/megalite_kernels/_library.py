@@ -26,4 +26,4 @@ def define(schema: str, *, fake: Callable[..., Any]) -> Callable[..., Any]:
     LIB.define(schema)
     LIB.impl(name, dispatch(name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"megalite::{name}", fake, lib=LIB)
-    return getattr(torch.ops.megalite, name).default  # type: ignore[no-any-return]
+    return getattr(torch.ops.megalite, name).default

@@ -55,7 +55,9 @@ _implementations: dict[str, dict[str, Implementation]] = {}
 _forced: list[str] = []
 
 
-def register(op: str, backend: str, function: Callable[..., Any], *, supports: Supports | None = None) -> None:
+def register(
+    op: str, backend: str, function: Callable[..., Any], *, supports: Supports | None = None
+) -> None:
     """Make `function` the implementation of `op` on `backend`."""
     _implementations.setdefault(op, {})[backend] = Implementation(function, supports=supports)
 

@@ -40,7 +40,9 @@ def supports_forward(
     return None
 
 
-def supports_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: object) -> str | None:
+def supports_backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: object
+) -> str | None:
     """As `supports_forward`; the log-sum-exp gets no gradient either."""
     if dlse is not None:
         return "has no gradient through the log-sum-exp"
@@ -100,8 +102,7 @@ def forward(
     """Backend "sdpa" of `attention_fwd`."""
     out = torch.empty(q.shape, dtype=q.dtype)
     if cu_seqlens is None:
-        heads_first = (x.transpose(1, 2) for x in (q, k, v))
-        value, lse = _call(*heads_first, causal, window, scale)
+        value, lse = _call(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal, window, scale)
         out.transpose(1, 2).copy_(value)
         return out, lse.contiguous()
     lse = torch.empty(q.shape[:2], dtype=torch.float32)
@@ -130,17 +131,17 @@ def backward(
     """Backend "sdpa" of `attention_bwd`."""
     grads = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
     if cu_seqlens is None:
-        heads_first = [x.transpose(1, 2) for x in (dout, q, k, v, out)]
-        values = _call_backward(*heads_first, lse, causal, window, scale)
-        for grad, value in zip(grads, values):
+        tensors = [x.transpose(1, 2) for x in (dout, q, k, v, out)]
+        values = _call_backward(tensors, lse, causal, window, scale)
+        for grad, value in zip(grads, values, strict=False):
             grad.transpose(1, 2).copy_(value)
         return grads[0], grads[1], grads[2], q.new_zeros(0)
     by_token = lse.t()
     for group in _groups(cu_seqlens, q.shape[0], pad=causal):
-        tensors = [group.take(x) for x in (q, k, v, out)]
+        tensors = [group.take_grad(dout), *(group.take(x) for x in (q, k, v, out))]
         one_lse = group.take(by_token.unsqueeze(-1)).squeeze(-1).contiguous()
-        values = _call_backward(group.take_grad(dout), *tensors, one_lse, causal, window, scale)
-        for grad, value in zip(grads, values):
+        values = _call_backward(tensors, one_lse, causal, window, scale)
+        for grad, value in zip(grads, values, strict=False):
             group.put(grad, value)
     return grads[0], grads[1], grads[2], q.new_zeros(0)
 
@@ -181,23 +182,17 @@ def _mask(q: Tensor, k: Tensor, causal: bool, window: int) -> tuple[bool, Tensor
 
 def _call(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, scale: float) -> tuple[Tensor, Tensor]:
     is_causal, mask = _mask(q, k, causal, window)
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # type: ignore[no-any-return]
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale
     )
 
 
 def _call_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    window: int,
-    scale: float,
+    tensors: list[Tensor], lse: Tensor, causal: bool, window: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """tensors are dout, q, k, v, out."""
+    dout, q, k, v, out = tensors
     is_causal, mask = _mask(q, k, causal, window)
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(  # type: ignore[no-any-return]
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         dout, q, k, v, out, lse, 0.0, is_causal, attn_mask=mask, scale=scale
     )

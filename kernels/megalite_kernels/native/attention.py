@@ -53,7 +53,15 @@ def backward(
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.to(torch.float32).contiguous()
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     table, shape = _shape(q, k, cu_seqlens, causal, window, scale)
-    inputs = (_strided(dout), address(dlse), _strided(q), _strided(k), _strided(v), _strided(out), address(lse))
+    inputs = (
+        _strided(dout),
+        address(dlse),
+        _strided(q),
+        _strided(k),
+        _strided(v),
+        _strided(out),
+        address(lse),
+    )
     _C.attention_backward(
         DTYPES[q.dtype], *inputs, address(dq), address(dk), address(dv), shape, threads()
     )  # fmt: skip

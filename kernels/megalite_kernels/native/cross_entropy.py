@@ -40,7 +40,14 @@ def grad_(logits: Tensor, target: Tensor, scale: Tensor, *options: Any) -> tuple
     target, scale = target.contiguous(), scale.to(torch.float32).contiguous()
     rows, cols = logits.shape
     loss, lse = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.float32)
-    pointers = (address(logits), address(target), address(scale), 1 if scale.dim() else 0, address(loss), address(lse))
+    pointers = (
+        address(logits),
+        address(target),
+        address(scale),
+        1 if scale.dim() else 0,
+        address(loss),
+        address(lse),
+    )
     bad = _C.cross_entropy_grad(DTYPES[logits.dtype], *pointers, rows, cols, *options, threads())
     _refuse(bad, target, cols)
     return loss, lse
@@ -60,4 +67,6 @@ def linear_grads(
 
 def _refuse(bad: int, target: Tensor, cols: int) -> None:
     if bad >= 0:
-        raise ValueError(f"target[{bad}]={int(target[bad])} must be at least 0 and less than the {cols} classes")
+        raise ValueError(
+            f"target[{bad}]={int(target[bad])} must be at least 0 and less than the {cols} classes"
+        )

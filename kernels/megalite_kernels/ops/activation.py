@@ -74,7 +74,7 @@ def _plain(x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
         checks.require_shape(bias, (x.shape[-1],), "bias", f"x with {x.shape[-1]} features")
         checks.require_same_kind(bias, x, "bias", "x")
         x = x + bias
-    return _Activation.apply(x, kind)  # type: ignore[no-any-return]
+    return _Activation.apply(x, kind)
 
 
 def _gated(gate: Tensor, up: Tensor | None, bias: Tensor | None, kind: str) -> Tensor:
@@ -87,21 +87,23 @@ def _gated(gate: Tensor, up: Tensor | None, bias: Tensor | None, kind: str) -> T
         checks.require_like(up, gate, "up", "gate")
         if bias is not None:
             gate, up = gate + bias[: features // 2], up + bias[features // 2 :]
-        return _GatedPair.apply(gate, up, kind)  # type: ignore[no-any-return]
+        return _GatedPair.apply(gate, up, kind)
     if features % 2:
         raise ValueError(f"gate has {features} features: a packed [gate, up] tensor needs an even number")
     packed = gate if bias is None else gate + bias
-    return _GatedPacked.apply(packed, kind)  # type: ignore[no-any-return]
+    return _GatedPacked.apply(packed, kind)
 
 
 def packed_forward(packed: Tensor, kind: str) -> Tensor:
     """Reference of `glu_fwd`."""
-    return reference.gated_forward(*packed.chunk(2, dim=-1), kind).contiguous()
+    gate, up = packed.chunk(2, dim=-1)
+    return reference.gated_forward(gate, up, kind).contiguous()
 
 
 def packed_backward(dy: Tensor, packed: Tensor, kind: str) -> Tensor:
     """Reference of `glu_bwd`."""
-    return torch.cat(reference.gated_backward(dy, *packed.chunk(2, dim=-1), kind), dim=-1)
+    gate, up = packed.chunk(2, dim=-1)
+    return torch.cat(reference.gated_backward(dy, gate, up, kind), dim=-1)
 
 
 def _fake_packed_forward(packed: Tensor, kind: str) -> Tensor:
@@ -146,10 +148,10 @@ class _Activation(torch.autograd.Function):
         x = x.contiguous()
         ctx.save_for_backward(x)
         ctx.kind = kind
-        return _activation_forward(x, kind)  # type: ignore[no-any-return]
+        return _activation_forward(x, kind)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         return _activation_backward(dy.contiguous(), x, ctx.kind), None
 
@@ -160,10 +162,10 @@ class _GatedPacked(torch.autograd.Function):
         packed = packed.contiguous()
         ctx.save_for_backward(packed)
         ctx.kind = kind
-        return _packed_forward(packed, kind)  # type: ignore[no-any-return]
+        return _packed_forward(packed, kind)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (packed,) = ctx.saved_tensors
         return _packed_backward(dy.contiguous(), packed, ctx.kind), None
 
@@ -174,9 +176,9 @@ class _GatedPair(torch.autograd.Function):
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
         ctx.kind = kind
-        return _pair_forward(gate, up, kind)  # type: ignore[no-any-return]
+        return _pair_forward(gate, up, kind)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
         return *_pair_backward(dy.contiguous(), gate, up, ctx.kind), None

@@ -76,4 +76,6 @@ _step_ = define(
     fake=lambda *args: None,
 )
 register("adamw_", "reference", reference.step_)
-register_lazy("adamw_", "cpu", "megalite_kernels.native.adamw:step_", requires=NATIVE, supports=native_supports)
+register_lazy(
+    "adamw_", "cpu", "megalite_kernels.native.adamw:step_", requires=NATIVE, supports=native_supports
+)

@@ -117,7 +117,9 @@ def _check(
             raise ValueError(f"{name} has shape {list(tensor.shape)}: pass {form}")
         checks.require_same_kind(tensor, q, name, "q")
     tokens = k.shape[-3] if cu_seqlens is None else q.shape[0]
-    checks.require_shape(k, (*q.shape[:-3], tokens, k.shape[-2], q.shape[-1]), "k", f"q of shape {list(q.shape)}")
+    checks.require_shape(
+        k, (*q.shape[:-3], tokens, k.shape[-2], q.shape[-1]), "k", f"q of shape {list(q.shape)}"
+    )
     checks.require_like(v, k, "v", "k")
     if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
         raise ValueError(f"q has {q.shape[-2]} heads: must be a multiple of the {k.shape[-2]} heads of k")
@@ -215,7 +217,13 @@ register_lazy("attention_bwd", "sdpa", "megalite_kernels.sdpa:backward", support
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, sinks: Tensor | None, *options: Any
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor | None,
+        sinks: Tensor | None,
+        *options: Any,
     ) -> tuple[Tensor, Tensor]:
         out, lse = _forward(q, k, v, cu_seqlens, sinks, *options)
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, sinks)
@@ -225,9 +233,7 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, dout: Tensor | None, dlse: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, cu_seqlens, sinks = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
         dq, dk, dv, dsinks = _backward(dout, dlse, q, k, v, out, lse, cu_seqlens, sinks, *ctx.options)

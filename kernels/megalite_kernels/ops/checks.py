@@ -37,7 +37,9 @@ def require_same_kind(tensor: Tensor, other: Tensor, name: str, other_name: str)
 def require_same_device(tensor: Tensor, other: Tensor, name: str, other_name: str) -> None:
     """Both tensors live on the same device."""
     if tensor.device != other.device:
-        raise ValueError(f"{name} is on {tensor.device} but {other_name} is on {other.device}: move one of them")
+        raise ValueError(
+            f"{name} is on {tensor.device} but {other_name} is on {other.device}: move one of them"
+        )
 
 
 def require_option(value: object, allowed: tuple[object, ...], name: str) -> None:

@@ -51,9 +51,9 @@ def cross_entropy(
     flat, flat_target = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
     loss = _CrossEntropy.apply(flat, flat_target, *options)
     if reduction == "none":
-        return loss.view(target.shape)  # type: ignore[no-any-return]
+        return loss.view(target.shape)
     total = loss.sum()
-    return total if reduction == "sum" else total * mean_scale(flat_target, ignore_index, total.dtype)  # type: ignore[no-any-return]
+    return total if reduction == "sum" else total * mean_scale(flat_target, ignore_index, total.dtype)
 
 
 def loss_options(
@@ -122,7 +122,11 @@ for _op, _function, _name in (
 ):
     register(_op, "reference", _function)
     register_lazy(
-        _op, "cpu", f"megalite_kernels.native.cross_entropy:{_name}", requires=NATIVE, supports=native_supports
+        _op,
+        "cpu",
+        f"megalite_kernels.native.cross_entropy:{_name}",
+        requires=NATIVE,
+        supports=native_supports,
     )
 
 
@@ -133,9 +137,13 @@ class _CrossEntropy(torch.autograd.Function):
         loss, lse = _forward(logits, target, *options)
         ctx.save_for_backward(logits, target, lse)
         ctx.options = options
-        return loss  # type: ignore[no-any-return]
+        return loss
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, lse = ctx.saved_tensors
-        return _backward(dloss.contiguous(), logits, target, lse, *ctx.options), None, *(None for _ in ctx.options)
+        return (
+            _backward(dloss.contiguous(), logits, target, lse, *ctx.options),
+            None,
+            *(None for _ in ctx.options),
+        )

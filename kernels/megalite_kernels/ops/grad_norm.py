@@ -35,7 +35,7 @@ def grad_norm(grads: Tensor | Sequence[Tensor]) -> Tensor:
     for tensor in tensors:
         checks.require_float(grads=tensor)
         checks.require_same_device(tensor, tensors[0], "grads", "the first of them")
-    return _norm([tensor.detach().reshape(-1) for tensor in tensors])  # type: ignore[no-any-return]
+    return _norm([tensor.detach().reshape(-1) for tensor in tensors])
 
 
 def _supports(grads: list[Tensor]) -> str | None:
@@ -46,4 +46,6 @@ _norm = define(
     "grad_norm(Tensor[] grads) -> Tensor", fake=lambda grads: grads[0].new_empty((), dtype=torch.float32)
 )
 register("grad_norm", "reference", reference.norm)
-register_lazy("grad_norm", "cpu", "megalite_kernels.native.grad_norm:norm", requires=NATIVE, supports=_supports)
+register_lazy(
+    "grad_norm", "cpu", "megalite_kernels.native.grad_norm:norm", requires=NATIVE, supports=_supports
+)

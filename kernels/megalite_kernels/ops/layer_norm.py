@@ -11,7 +11,7 @@ from megalite_kernels._library import define
 from megalite_kernels.backend import register, register_lazy
 from megalite_kernels.ops import checks
 from megalite_kernels.ops.native_support import NATIVE, native_supports
-from megalite_kernels.ops.rms_norm import _statistic
+from megalite_kernels.ops.rms_norm import row_statistic
 from megalite_kernels.reference import layer_norm as reference
 
 
@@ -24,7 +24,12 @@ def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, *, residual: Tensor
 ) -> tuple[Tensor, Tensor]: ...
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, *, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Normalise each row of `x` to mean 0 and variance 1, optionally after adding it to the residual stream.
 
@@ -54,19 +59,21 @@ def layer_norm(
     if bias is not None:
         checks.require_like(bias, weight, "bias", "weight")
     if residual is None:
-        return _LayerNorm.apply(x, weight, bias, eps)  # type: ignore[no-any-return]
+        return _LayerNorm.apply(x, weight, bias, eps)
     checks.require_like(residual, x, "residual", "x")
-    return _ResidualLayerNorm.apply(x, residual, weight, bias, eps)  # type: ignore[no-any-return]
+    return _ResidualLayerNorm.apply(x, residual, weight, bias, eps)
 
 
-def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), _statistic(x), _statistic(x)
+def _fake_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), row_statistic(x), row_statistic(x)
 
 
 def _fake_residual_forward(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape), _statistic(x), _statistic(x)
+    return x.new_empty(x.shape), x.new_empty(x.shape), row_statistic(x), row_statistic(x)
 
 
 def _fake_backward(
@@ -111,10 +118,10 @@ class _LayerNorm(torch.autograd.Function):
         y, mean, rstd = _forward(x, weight, _contiguous(bias), eps)
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.has_bias = bias is not None
-        return y  # type: ignore[no-any-return]
+        return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
         dx, dweight, dbias = _backward(dy.contiguous(), None, x, weight, mean, rstd)
         return dx, dweight, dbias if ctx.has_bias else None, None
@@ -132,9 +139,7 @@ class _ResidualLayerNorm(torch.autograd.Function):
         return y, total
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, dy: Tensor, dtotal: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         total, weight, mean, rstd = ctx.saved_tensors
         dx, dweight, dbias = _backward(dy.contiguous(), dtotal.contiguous(), total, weight, mean, rstd)
         return dx, dx, dweight, dbias if ctx.has_bias else None, None

@@ -14,7 +14,9 @@ from megalite_kernels.ops import checks
 from megalite_kernels.ops.linear_cross_entropy import check_main_grad
 
 
-def linear(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, main_grad: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, *, bias: Tensor | None = None, main_grad: Tensor | None = None
+) -> Tensor:
     """`x @ weight.T + bias`.
 
     Args:
@@ -41,7 +43,7 @@ def linear(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, main_grad: 
     if main_grad is None:
         return F.linear(x, weight, bias)
     check_main_grad(main_grad, weight)
-    return _MainGradLinear.apply(x, weight, bias, main_grad)  # type: ignore[no-any-return]
+    return _MainGradLinear.apply(x, weight, bias, main_grad)
 
 
 def accumulate_(dy: Tensor, x: Tensor, main_grad: Tensor) -> None:
@@ -66,7 +68,7 @@ class _MainGradLinear(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         flat = dy.reshape(-1, dy.shape[-1])
         dx = dy @ weight if ctx.needs_input_grad[0] else None

@@ -75,9 +75,9 @@ def linear_cross_entropy(
     scale = mean_scale(flat_target, ignore_index, wide) if reduction == "mean" else one
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if needs_grad and reduction != "none":
-        return _ReducedLoss.apply(flat, weight, bias, flat_target, scale, main_grad, *options)  # type: ignore[no-any-return]
+        return _ReducedLoss.apply(flat, weight, bias, flat_target, scale, main_grad, *options)
     loss = _TokenLosses.apply(flat, weight, bias, flat_target, main_grad, *options)
-    return loss.view(target.shape) if reduction == "none" else loss.sum() * scale  # type: ignore[no-any-return]
+    return loss.view(target.shape) if reduction == "none" else loss.sum() * scale
 
 
 def check_main_grad(main_grad: Tensor, weight: Tensor) -> None:
@@ -131,11 +131,16 @@ for _op, _function, _name in (
 ):
     register(_op, "reference", _function)
     register_lazy(
-        _op, "cpu", f"megalite_kernels.native.cross_entropy:{_name}", requires=NATIVE, supports=native_supports
+        _op,
+        "cpu",
+        f"megalite_kernels.native.cross_entropy:{_name}",
+        requires=NATIVE,
+        supports=native_supports,
     )
 
 
-def _weight_grad(dweight: Tensor, main_grad: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _deliver(dweight: Tensor, main_grad: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The weight's gradient, or None after adding it into the accumulator."""
     if main_grad is None:
         return dweight.to(dtype)
     main_grad.add_(dweight)
@@ -159,18 +164,14 @@ class _ReducedLoss(torch.autograd.Function):
         ctx.save_for_backward(dx, dweight, dbias)
         ctx.main_grad, ctx.has_bias, ctx.dtype = main_grad, bias is not None, weight.dtype
         ctx.num_options = len(options)
-        return loss.sum() * scale  # type: ignore[no-any-return]
+        return loss.sum() * scale
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight, dbias = ctx.saved_tensors
         dx = (dx * dloss).to(dx.dtype)
         dbias = (dbias * dloss).to(ctx.dtype) if ctx.has_bias else None
-        if ctx.main_grad is not None:
-            ctx.main_grad.addcmul_(dweight, dloss.to(dweight.dtype).expand_as(dweight))
-            weight_grad = None
-        else:
-            weight_grad = (dweight * dloss).to(ctx.dtype)
+        weight_grad = _deliver(dweight * dloss, ctx.main_grad, ctx.dtype)
         return dx, weight_grad, dbias, None, None, None, *(None for _ in range(ctx.num_options))
 
 
@@ -188,12 +189,12 @@ class _TokenLosses(torch.autograd.Function):
         x, weight, target = x.contiguous(), weight.contiguous(), target.contiguous()
         ctx.save_for_backward(x, weight, bias, target)
         ctx.main_grad, ctx.options = main_grad, options
-        return _losses(x, weight, bias, target, *options)  # type: ignore[no-any-return]
+        return _losses(x, weight, bias, target, *options)
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, target = ctx.saved_tensors
         _, dx, dweight, dbias = _grads(x, weight, bias, target, dloss.contiguous(), *ctx.options)
         dbias = dbias.to(weight.dtype) if bias is not None else None
-        weight_grad = _weight_grad(dweight, ctx.main_grad, weight.dtype)
+        weight_grad = _deliver(dweight, ctx.main_grad, weight.dtype)
         return dx, weight_grad, dbias, None, None, *(None for _ in ctx.options)

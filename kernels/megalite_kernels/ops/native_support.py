@@ -27,13 +27,17 @@ def native_activation_supports(*args: Any) -> str | None:
     return "has no exact gelu" if args[-1] == "gelu" else native_supports(*args)
 
 
-def native_attention_supports(q: Any, k: Any, v: Any, cu_seqlens: Any, sinks: Any, *options: Any) -> str | None:
+def native_attention_supports(
+    q: Any, k: Any, v: Any, cu_seqlens: Any, sinks: Any, *options: Any
+) -> str | None:
     """As `native_supports`, for `attention_fwd`; options are causal, window, softcap, scale."""
     if options[2] or sinks is not None:
         return "has no softcap and no sinks"
     return native_supports(q, k, v)
 
 
-def native_attention_backward_supports(dout: Any, dlse: Any, q: Any, k: Any, v: Any, *rest: Any) -> str | None:
+def native_attention_backward_supports(
+    dout: Any, dlse: Any, q: Any, k: Any, v: Any, *rest: Any
+) -> str | None:
     """As `native_attention_supports`, for `attention_bwd`."""
     return native_attention_supports(q, k, v, *rest[2:])

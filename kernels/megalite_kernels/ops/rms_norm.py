@@ -24,7 +24,12 @@ def rms_norm(
     x: Tensor, weight: Tensor, eps: float = 1e-6, *, residual: Tensor, zero_centered: bool = False
 ) -> tuple[Tensor, Tensor]: ...
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float = 1e-6, *, residual: Tensor | None = None, zero_centered: bool = False
+    x: Tensor,
+    weight: Tensor,
+    eps: float = 1e-6,
+    *,
+    residual: Tensor | None = None,
+    zero_centered: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scale each row of `x` to unit root mean square, optionally after adding it to the residual stream.
 
@@ -52,30 +57,24 @@ def rms_norm(
     checks.require_same_device(weight, x, "weight", "x")
     checks.require_range(eps, "eps")
     if residual is None:
-        return _RMSNorm.apply(x, weight, eps, zero_centered)  # type: ignore[no-any-return]
+        return _RMSNorm.apply(x, weight, eps, zero_centered)
     checks.require_like(residual, x, "residual", "x")
-    return _ResidualRMSNorm.apply(x, residual, weight, eps, zero_centered)  # type: ignore[no-any-return]
+    return _ResidualRMSNorm.apply(x, residual, weight, eps, zero_centered)
 
 
-def _rows(x: Tensor) -> Any:
-    rows = 1
-    for size in x.shape[:-1]:
-        rows = rows * size
-    return rows
-
-
-def _statistic(x: Tensor) -> Tensor:
-    return x.new_empty((_rows(x),), dtype=wide_dtype(x))
+def row_statistic(x: Tensor) -> Tensor:
+    """An empty [rows] of the dtype statistics have; for fakes."""
+    return x.new_empty((x.shape[:-1].numel(),), dtype=wide_dtype(x))
 
 
 def _fake_forward(x: Tensor, weight: Tensor, eps: float, zero_centered: bool) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), _statistic(x)
+    return x.new_empty(x.shape), row_statistic(x)
 
 
 def _fake_residual_forward(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, zero_centered: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape), _statistic(x)
+    return x.new_empty(x.shape), x.new_empty(x.shape), row_statistic(x)
 
 
 def _fake_backward(
@@ -85,7 +84,8 @@ def _fake_backward(
 
 
 _forward = define(
-    "rms_norm_fwd(Tensor x, Tensor weight, float eps, bool zero_centered) -> (Tensor, Tensor)", fake=_fake_forward
+    "rms_norm_fwd(Tensor x, Tensor weight, float eps, bool zero_centered) -> (Tensor, Tensor)",
+    fake=_fake_forward,
 )
 _residual_forward = define(
     "rms_norm_residual_fwd(Tensor x, Tensor residual, Tensor weight, float eps, bool zero_centered)"
@@ -115,10 +115,10 @@ class _RMSNorm(torch.autograd.Function):
         y, rstd = _forward(x, weight, eps, zero_centered)
         ctx.save_for_backward(x, weight, rstd)
         ctx.zero_centered = zero_centered
-        return y  # type: ignore[no-any-return]
+        return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
         dx, dweight = _backward(dy.contiguous(), None, x, weight, rstd, ctx.zero_centered)
         return dx, dweight, None, None
@@ -136,9 +136,7 @@ class _ResidualRMSNorm(torch.autograd.Function):
         return y, total
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, dy: Tensor, dtotal: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         total, weight, rstd = ctx.saved_tensors
         dx, dweight = _backward(dy.contiguous(), dtotal.contiguous(), total, weight, rstd, ctx.zero_centered)
         return dx, dx, dweight, None, None

@@ -55,8 +55,8 @@ def rope(
     if (q_norm is None) != (k_norm is None):
         raise ValueError("q_norm and k_norm must be given together: pass both or neither")
     if q_norm is not None and k_norm is not None:
-        q, k = rms_norm(q, q_norm, norm_eps), rms_norm(k, k_norm, norm_eps)  # type: ignore[assignment]
-    return _Rope.apply(q, k, cos, sin, interleaved)  # type: ignore[no-any-return]
+        q, k = rms_norm(q, q_norm, norm_eps), rms_norm(k, k_norm, norm_eps)
+    return _Rope.apply(q, k, cos, sin, interleaved)
 
 
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int | None) -> None:
@@ -75,9 +75,13 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int | Non
         )
     rotary = 2 * cos.shape[-1]
     if rotary_dim is not None and rotary_dim != rotary:
-        raise ValueError(f"rotary_dim={rotary_dim} must be twice the columns of cos, which are {cos.shape[-1]}")
+        raise ValueError(
+            f"rotary_dim={rotary_dim} must be twice the columns of cos, which are {cos.shape[-1]}"
+        )
     if rotary > q.shape[-1]:
-        raise ValueError(f"cos has {cos.shape[-1]} columns: at most half of the head's {q.shape[-1]} features")
+        raise ValueError(
+            f"cos has {cos.shape[-1]} columns: at most half of the head's {q.shape[-1]} features"
+        )
 
 
 _forward = define(
@@ -97,9 +101,9 @@ class _Rope(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
         ctx.interleaved = interleaved
-        return _forward(q, k, cos, sin, interleaved, False)  # type: ignore[no-any-return]
+        return _forward(q, k, cos, sin, interleaved, False)
 
     @staticmethod
-    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         return *_forward(dq, dk, cos, sin, ctx.interleaved, True), None, None, None

@@ -6,6 +6,7 @@ definition and not the fast path. Shapes: N query heads, K key/value heads, G = 
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -88,11 +89,11 @@ def backward(
 def segments(cu_seqlens: Tensor, tokens: int) -> list[slice]:
     """The token range of every document that has tokens; reads cu_seqlens on the host."""
     bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in zip(bounds, bounds[1:])):
+    if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in itertools.pairwise(bounds)):
         raise ValueError(
             f"cu_seqlens goes from {bounds[0]} to {bounds[-1]}: must rise from 0 to the {tokens} tokens of q"
         )
-    return [slice(start, stop) for start, stop in zip(bounds, bounds[1:]) if stop > start]
+    return [slice(start, stop) for start, stop in itertools.pairwise(bounds) if stop > start]
 
 
 def _dense_forward(

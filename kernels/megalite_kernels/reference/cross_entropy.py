@@ -46,7 +46,9 @@ def backward(dloss: Tensor, logits: Tensor, target: Tensor, lse: Tensor, options
     scores = _capped(wide, options.softcap)
     valid = (target != options.ignore_index).unsqueeze(-1)
     lse = lse.unsqueeze(-1).to(wide.dtype)
-    grad = torch.exp(scores - lse) * (1 + 2 * options.z_loss * lse) - options.label_smoothing / logits.shape[-1]
+    grad = (
+        torch.exp(scores - lse) * (1 + 2 * options.z_loss * lse) - options.label_smoothing / logits.shape[-1]
+    )
     index = torch.where(valid, target.unsqueeze(-1), 0)
     grad.scatter_add_(-1, index, grad.new_full((), options.label_smoothing - 1.0).expand(index.shape))
     if options.softcap:

@@ -34,5 +34,3 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """`rotate` of q and of k."""
     return rotate(q, cos, sin, interleaved, inverse), rotate(k, cos, sin, interleaved, inverse)
-
-

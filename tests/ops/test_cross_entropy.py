@@ -1,0 +1,263 @@
+"""cross_entropy and linear_cross_entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import megalite_kernels as mk
+from megalite_kernels.reference import linear_cross_entropy as plan
+from tests.ops.catalogue import BACKENDS, DTYPES, check, random
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"label_smoothing": 0.1},
+    {"z_loss": 0.01},
+    {"softcap": 5.0},
+    {"label_smoothing": 0.2, "z_loss": 0.02, "softcap": 3.0},
+]
+
+
+def targets(rows: int, classes: int) -> Tensor:
+    """Random classes, with the first, the last and an ignored one among them."""
+    target = torch.randint(0, classes, (rows,), generator=torch.Generator().manual_seed(7))
+    target[0], target[-1] = classes - 1, 0
+    if rows > 2:
+        target[1] = -100
+    return target
+
+
+def plain(logits: Tensor, target: Tensor, reduction: str, **options: Any) -> Tensor:
+    """torch's own cross-entropy in float32, with the soft-cap and z-loss written out."""
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if cap := options.get("softcap"):
+        scores = cap * torch.tanh(scores / cap)
+    loss = F.cross_entropy(
+        scores, target, label_smoothing=options.get("label_smoothing", 0.0), reduction="none"
+    )
+    valid = target != -100
+    loss = loss + torch.where(valid, options.get("z_loss", 0.0) * scores.logsumexp(-1).square(), 0.0)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / valid.sum()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(("rows", "classes"), [(3, 1), (7, 101), (5, 4096)])
+def test_accuracy(rows: int, classes: int, options: dict[str, Any], dtype: torch.dtype, backend: str) -> None:
+    target = targets(rows, classes)
+    for reduction in ("none", "sum", "mean"):
+        check(
+            lambda x: mk.cross_entropy(x, target, reduction=reduction, **options),  # noqa: B023
+            lambda x: plain(x, target, reduction, **options),  # noqa: B023
+            [random(rows, classes, scale=3)],
+            dtype=dtype,
+            backend=backend,
+            magnitude=3.0,
+            floor=2,
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_large_vocabulary_sums_accurately(backend: str) -> None:
+    target = targets(2, 200_003)
+    check(
+        lambda x: mk.cross_entropy(x, target),
+        lambda x: plain(x, target, "mean"),
+        [random(2, 200_003)],
+        dtype=torch.float32,
+        backend=backend,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("offset", [-1e4, 1e4])
+def test_large_logits_do_not_overflow(offset: float, backend: str) -> None:
+    target = targets(4, 50)
+    check(
+        lambda x: mk.cross_entropy(x, target, reduction="sum"),
+        lambda x: plain(x, target, "sum"),
+        [random(4, 50) + offset],
+        dtype=torch.float32,
+        backend=backend,
+        magnitude=abs(offset),
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16_logits_give_a_float32_loss(backend: str) -> None:
+    logits = random(6, 33).bfloat16()
+    with mk.use_backend(backend):
+        loss = mk.cross_entropy(logits, targets(6, 33))
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, plain(logits, targets(6, 33), "mean"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_nothing_to_learn_gives_zero_loss_and_gradient(reduction: str, backend: str) -> None:
+    target = torch.full((4,), -100)
+    weight = random(9, 8).requires_grad_()
+    with mk.use_backend(backend):
+        for logits, loss_of in (
+            (random(4, 9).requires_grad_(), lambda x: mk.cross_entropy(x, target, reduction=reduction)),
+            (
+                random(4, 8).requires_grad_(),
+                lambda x: mk.linear_cross_entropy(x, weight, target, reduction=reduction),
+            ),
+        ):
+            loss = loss_of(logits)
+            (grad,) = torch.autograd.grad(loss.sum(), logits)
+            assert torch.equal(loss, torch.zeros_like(loss))
+            assert torch.equal(grad, torch.zeros_like(grad))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_non_finite_logits_are_seen_in_their_row_alone(value: float, backend: str) -> None:
+    logits = random(3, 40)
+    logits[1, 39] = value
+    with mk.use_backend(backend):
+        loss = mk.cross_entropy(logits, torch.tensor([1, 2, 3]), reduction="none")
+    assert torch.isfinite(loss).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_other_ignore_index_higher_dims_and_empty(backend: str) -> None:
+    logits, target = random(2, 3, 11), torch.tensor([[0, 5, 10], [5, 5, 1]])
+    with mk.use_backend(backend):
+        loss = mk.cross_entropy(logits, target, ignore_index=5, reduction="none")
+        empty = mk.cross_entropy(torch.empty(0, 5), torch.empty(0, dtype=torch.int64), reduction="sum")
+    assert loss.shape == (2, 3)
+    assert torch.equal(loss == 0, target == 5)
+    assert empty.item() == 0.0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [-1, 11])
+def test_targets_out_of_range_are_refused(bad: int, backend: str) -> None:
+    target = torch.tensor([0, bad])
+    with (
+        mk.use_backend(backend),
+        pytest.raises((ValueError, RuntimeError), match=r"target\[1\]|out of bounds"),
+    ):
+        mk.cross_entropy(random(2, 11), target)
+
+
+Linear = Callable[..., Tensor]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_linear(
+    with_bias: bool,
+    reduction: str,
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    backend: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plan, "CHUNK_ROWS", 16)  # several chunks, the last one ragged
+    target = targets(41, 67)
+    inputs = [random(41, 24), random(67, 24, seed=1, scale=0.5)] + ([random(67, seed=2)] if with_bias else [])
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return mk.linear_cross_entropy(x, weight, target, bias=bias, reduction=reduction, **options)
+
+    def torch_loss(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return plain(F.linear(x, weight, bias), target, reduction, **options)
+
+    check(ours, torch_loss, inputs, dtype=dtype, backend=backend, floor=4, magnitude=1.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_linear_without_gradients_gives_the_same_loss(backend: str) -> None:
+    x, weight, target = (
+        random(30, 16).requires_grad_(),
+        random(50, 16, seed=1).requires_grad_(),
+        targets(30, 50),
+    )
+    with mk.use_backend(backend):
+        trained = mk.linear_cross_entropy(x, weight, target, reduction="sum")
+        with torch.no_grad():
+            evaluated = mk.linear_cross_entropy(x, weight, target, reduction="sum")
+    torch.testing.assert_close(trained.detach(), evaluated, rtol=1e-6, atol=0)
+    assert not evaluated.requires_grad
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_linear_adds_into_the_main_gradient(reduction: str, backend: str) -> None:
+    x, weight, target = (
+        random(30, 16).requires_grad_(),
+        random(50, 16, seed=1).requires_grad_(),
+        targets(30, 50),
+    )
+    main_grad = torch.ones(50, 16)
+    with mk.use_backend(backend):
+        expected = torch.autograd.grad(
+            3 * mk.linear_cross_entropy(x, weight, target, reduction=reduction).sum(), (x, weight)
+        )
+        loss = 3 * mk.linear_cross_entropy(x, weight, target, reduction=reduction, main_grad=main_grad).sum()
+        loss.backward()
+    assert weight.grad is None
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, expected[0])
+    torch.testing.assert_close(main_grad, 1 + expected[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_what_needs_a_gradient_gets_one(backend: str) -> None:
+    x, weight, target = random(8, 16), random(50, 16, seed=1).requires_grad_(), targets(8, 50)
+    with mk.use_backend(backend):
+        mk.linear_cross_entropy(x, weight, target).backward()
+    assert x.grad is None
+    assert weight.grad is not None
+
+
+def test_chunks_keep_the_workspace_small() -> None:
+    assert plan.chunk_rows(4096, 4096, 2) == 1024
+    assert plan.chunk_rows(100, 4096, 2) == 100
+    assert plan.chunk_rows(65536, 262144, 2) == 128
+    assert plan.chunk_rows(0, 10, 4) == 1
+
+
+def test_inputs_are_not_written() -> None:
+    logits, target = random(5, 9).requires_grad_(), targets(5, 9)
+    x, weight = random(5, 4).requires_grad_(), random(9, 4).requires_grad_()
+    versions = [t._version for t in (logits, target, x, weight)]
+    mk.cross_entropy(logits, target).backward()
+    mk.linear_cross_entropy(x, weight, target).backward()
+    assert [t._version for t in (logits, target, x, weight)] == versions
+
+
+def test_errors_name_value_and_limit() -> None:
+    logits, target = random(4, 9), targets(4, 9)
+    with pytest.raises(ValueError, match=r"label_smoothing=1.5 must be between 0.0 and 1.0"):
+        mk.cross_entropy(logits, target, label_smoothing=1.5)
+    with pytest.raises(ValueError, match=r"z_loss=-0.1 must be at least 0"):
+        mk.cross_entropy(logits, target, z_loss=-0.1)
+    with pytest.raises(ValueError, match=r"softcap=0.0 must be greater than 0"):
+        mk.cross_entropy(logits, target, softcap=0.0)
+    with pytest.raises(ValueError, match=r"reduction='avg' is not known: use one of 'none', 'sum', 'mean'"):
+        mk.cross_entropy(logits, target, reduction="avg")
+    with pytest.raises(ValueError, match=r"target has dtype torch.int32: pass int64"):
+        mk.cross_entropy(logits, target.int())
+    with pytest.raises(ValueError, match=r"target has shape \[3\]"):
+        mk.cross_entropy(logits, target[:3])
+    with pytest.raises(ValueError, match=r"weight has shape \[9, 8\], but x with 4 features needs \[9, 4\]"):
+        mk.linear_cross_entropy(random(4, 4), random(9, 8), target)
+    with pytest.raises(ValueError, match=r"main_grad has dtype torch.bfloat16: pass an fp32 accumulator"):
+        mk.linear_cross_entropy(random(4, 4), random(9, 4), target, main_grad=random(9, 4).bfloat16())
+    with pytest.raises(ValueError, match=r"bias has shape \[4\], but weight with 9 rows needs \[9\]"):
+        mk.linear_cross_entropy(random(4, 4), random(9, 4), target, bias=torch.ones(4))
