@@ -144,9 +144,9 @@ def _print_prepared(output: str, info: dict[str, Any]) -> None:
         f"{info['empty_documents']:,} empty documents; skipped {info['skipped_inputs']:,} unreadable inputs; "
         f"left out {info['ignored_files']:,} files of other types\n"
         f"vocabulary {info['vocab_size']:,} tokens, fingerprint {info['tokenizer_fingerprint'][:12]}\n"
-        f"{speed['seconds']:.1f} s with {speed['workers']} workers. Per core: read and hash "
-        f"{speed['scan_mb_per_s_per_core']} MB/s, encode {speed['encode_mb_per_s_per_core']} MB/s, of which "
-        f"{speed['tokenizer_share']:.0%} is the tokenizer, which bounds the whole\n"
+        f"{speed['seconds']:.1f} s with {speed['workers']} workers; one core reads and hashes "
+        f"{speed['scan_mb_per_s_per_core']} MB/s and encodes {speed['encode_mb_per_s_per_core']} MB/s: "
+        f"encoding bounds the whole, {speed['tokenizer_share']:.0%} of it is the tokenizer\n"
         f"dataset {output}"
     )
 

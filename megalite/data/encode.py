@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -82,7 +83,7 @@ def encode_unit(task: EncodeTask) -> EncodeResult:
         UserError: an input changed since it was scanned.
     """
     began = time.process_time()
-    tokenizer = Tokenizer.load(task.tokenizer, eod_token=task.eod_token)
+    tokenizer = _load_once(task.tokenizer, task.eod_token, Path(task.tokenizer).stat().st_mtime_ns)
     result = EncodeResult(splits={split: {} for split in SPLITS})
     prefix = Path(task.folder) / f"{task.base.unit.number:06d}"
     with ExitStack() as stack:
@@ -148,6 +149,12 @@ def unit_documents(
             group = np.cumsum(records["tokens"], dtype=np.int64) // chunk_tokens
             for part in np.split(records, np.flatnonzero(np.diff(group)) + 1):
                 yield tokens.read(int(part["tokens"].sum(dtype=np.int64)) * item_bytes), part
+
+
+@functools.lru_cache(maxsize=1)
+def _load_once(path: str, eod_token: str, modified_ns: int) -> Tokenizer:
+    """A worker's tokenizer, kept from unit to unit with the words it has seen."""
+    return Tokenizer.load(path, eod_token=eod_token)
 
 
 def _scanned(task: UnitTask) -> Iterator[tuple[int, int, int]]:

@@ -63,11 +63,10 @@ class Tokenizer:
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocabulary.values()) + 1
         """One more than the largest token id (ids may have gaps)."""
-        self.definition = canonical_json(self._tokenizer.to_str())
-        self.fingerprint = fingerprint(self.definition)
-        self._words = (
-            WordCache(self._encode_directly) if WordCache.fits(json.loads(self.definition)) else None
-        )
+        parsed = json.loads(self._tokenizer.to_str())
+        self.definition = _canonical(parsed)
+        self.fingerprint = _sha256(self.definition)
+        self._words = WordCache(self._encode_directly) if WordCache.fits(parsed) else None
 
     @classmethod
     def load(cls, path: str | Path, *, eod_token: str = EOD_TOKEN, add_eod: bool = False) -> Tokenizer:
@@ -154,11 +153,19 @@ class Tokenizer:
 
 
 def canonical_json(definition: str) -> str:
-    """One spelling for equal definitions: sorted keys, two-space indent, no ASCII escapes."""
-    parsed: Any = json.loads(definition)
-    return json.dumps(parsed, ensure_ascii=False, sort_keys=True, indent=2) + "\n"
+    """One spelling for equal definitions: sorted keys, one line, no ASCII escapes."""
+    return _canonical(json.loads(definition))
 
 
 def fingerprint(definition: str) -> str:
-    """SHA-256 (hex) of a canonical tokenizer definition: what datasets and checkpoints compare."""
-    return hashlib.sha256(canonical_json(definition).encode("utf-8")).hexdigest()
+    """SHA-256 (hex) of a tokenizer definition's canonical spelling: what datasets and checkpoints compare."""
+    return _sha256(canonical_json(definition))
+
+
+def _canonical(parsed: Any) -> str:
+    # No indent: with one, json leaves its C encoder, and a large vocabulary takes seconds.
+    return json.dumps(parsed, ensure_ascii=False, sort_keys=True) + "\n"
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
