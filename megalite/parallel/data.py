@@ -109,6 +109,12 @@ class FlatBuffers:
         for group in self.groups:
             group.main_grad.zero_()
 
+    def zero_state(self) -> None:
+        """Clear masters and moments, the padding between and inside parameters included."""
+        for group in self.groups:
+            for tensor in (group.master, group.exp_avg, group.exp_avg_sq):
+                tensor.zero_()
+
     def reduce_gradients(self) -> None:
         """Sum the main gradients over the data-parallel axis."""
         for group in self.groups:

@@ -180,6 +180,7 @@ def _write_files(snapshot: Snapshot, folder: Path) -> None:
             save_file(tensors, path, metadata={"format": "pt"})
         except SafetensorError as error:  # it wraps the operating system's error in text
             raise OSError(f"{path}: {error}") from error
+        path.chmod(0o644)  # safetensors leaves the file readable by its owner alone
         _fsync(path)
     for file, text in snapshot.texts.items():
         write_atomically(folder / file, text)
@@ -289,6 +290,7 @@ def load_state(
     pieces = {(t.name, tuple(p.offset)): p for t in hf_tensors for p in t.parts}
     live = {kind: {piece.name: view for piece, view in buffers.piece_tensors(kind)} for kind in KIND_FILES}
     missing = {(kind, part.piece) for kind in KIND_FILES for part in pieces.values()}
+    buffers.zero_state()  # what no piece covers (padding) must not keep what the memory held before
     for kind, name, stored, value in _stored_parts(folder, manifest):
         part = pieces.get((name, tuple(stored["offset"])))
         if part is None or tuple(part.shape) != tuple(stored["shape"]):

@@ -25,6 +25,7 @@ from megalite.train.flops import table_peak_tflops
 from megalite.train.report import write_report
 from megalite.train.runlog import RunLog, read_records
 from megalite.train.setup import Session, build_session, environment, prepare_process
+from megalite_kernels import explain
 
 PROFILED_STEPS = range(3, 6)
 """Steps after the start of the process that `train.profile` records: past warm-up, few enough to open."""
@@ -139,7 +140,20 @@ def _announce(session: Session, command: str, setup_s: float, config_toml: str) 
     facts = run_facts(session, command, setup_s)
     log.write_json("run.json", facts)
     kind = "resume" if session.resumed_from else "start"
-    log.event(kind, trainer.completed_steps, environment=environment(trainer.mesh))
+    details = {"changed": list(session.changed_environment)} if session.resumed_from else {}
+    log.event(kind, trainer.completed_steps, environment=environment(trainer.mesh), **details)
+    missing = sorted(
+        {why for choice in explain(trainer.mesh.device.type) for why in choice.passed_over.values()}
+    )
+    if missing:
+        trainer.progress.say(
+            f"slower than it could be, some kernels run on plain torch: {'; '.join(missing)}"
+        )
+    if session.changed_environment:
+        changes = "; ".join(session.changed_environment)
+        trainer.progress.say(
+            f"not the environment of the checkpoint ({changes}): losses may differ in the last bits"
+        )
     count = facts["parameters"]["total"]
     precision = session.precision
     trainer.progress.say(

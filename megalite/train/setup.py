@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 import megalite
+import megalite_kernels
 from megalite.config import ModelConfig, RunConfig, to_dict
 from megalite.data.dataset import load_datasets, open_prepared
 from megalite.data.loader import TrainLoader
@@ -66,6 +67,8 @@ class Session:
     precision: Precision
     flops: FlopsPerToken
     resumed_from: Path | None
+    changed_environment: tuple[str, ...] = ()
+    """What differs from the process that wrote the checkpoint, and may change the last bits of the losses."""
 
 
 def prepare_process(config: RunConfig, mesh: Mesh) -> None:
@@ -129,7 +132,8 @@ def build_session(config: RunConfig, mesh: Mesh, *, replay_step: int | None = No
     keep, asynchronous = config.checkpoint.keep_last, config.checkpoint.asynchronous
     saver = Saver(Path(config.directory) / "checkpoints", keep=keep, asynchronous=asynchronous)
     trainer.save = lambda done: save_checkpoint(trainer, saver, precision, done)
-    return Session(config, trainer, saver, StopSignal(mesh), precision, flops, found)
+    changed = changed_environment(manifest["environment"], environment(mesh)) if manifest else ()
+    return Session(config, trainer, saver, StopSignal(mesh), precision, flops, found, changed)
 
 
 def find_checkpoint(
@@ -319,6 +323,17 @@ def save_checkpoint(trainer: Trainer, saver: Saver, precision: Precision, step: 
     trainer.log.event("checkpoint", step)
 
 
+def changed_environment(then: dict[str, Any], now: dict[str, Any]) -> tuple[str, ...]:
+    """Each entry that differs, as "name: then, now"."""
+    names = sorted(then.keys() | now.keys())
+    return tuple(f"{n}: {then.get(n)} then, {now.get(n)} now" for n in names if then.get(n) != now.get(n))
+
+
+def kernel_backends(device: torch.device) -> dict[str, str]:
+    """Which back-end each op of `megalite_kernels` takes on this device."""
+    return {choice.op: choice.backend for choice in megalite_kernels.explain(device.type)}
+
+
 def environment(mesh: Mesh) -> dict[str, Any]:
     """What bitwise equality depends on besides the configuration."""
     device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
@@ -331,4 +346,5 @@ def environment(mesh: Mesh) -> dict[str, Any]:
         "isa": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "dp": mesh.dp.size,
+        "backends": kernel_backends(mesh.device),
     }
