@@ -171,15 +171,27 @@ def corpus(path: Path, megabytes: float, seed: int = 1) -> Path:
     return path
 
 
-def kill_when(process: subprocess.Popen[bytes], work: Path, pattern: str) -> bool:
-    """kill -9 as soon as a file appears; False if the process ended before."""
-    while process.poll() is None:
-        if next(work.glob(pattern), None) is not None:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            return True
-        time.sleep(0.002)
-    return False
+DEADLY = """
+import os, signal, sys
+from megalite.cli import data_progress
+
+stage, calls = sys.argv[1], int(sys.argv[2])
+
+class Deadly(data_progress.StageProgress):
+    left = calls
+
+    def advance(self, amount):
+        super().advance(amount)
+        self.left -= self._name == stage
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+data_progress.StageProgress = Deadly
+from megalite.cli.main import main
+
+sys.exit(main(["data", *sys.argv[3:]]))
+"""
+"""Runs a command that gets kill -9 at a given report of progress in a given stage."""
 
 
 def children(pid: int) -> list[int]:
@@ -199,38 +211,30 @@ def alive(pid: int) -> bool:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for orphans in /proc")
 def test_kill_9_and_the_same_command_again(tmp_path: Path):
     """Killed in every stage: each restart goes on, no worker survives, and the bytes are those of one run."""
-    source = corpus(tmp_path / "input.jsonl", 3)
-    fixed = [source, "--vocab-size", "400", "--workers", "2"]
-    subprocess.run(
-        command("prepare", *fixed, "--out", tmp_path / "whole"), check=True, env=environment(), timeout=120
-    )
-    words = command("prepare", *fixed, "--out", tmp_path / "out")
-    work = tmp_path / "out.preparing"
-    killed, finished = 0, 0
-    for pattern in (
-        "scan/*.json",
-        "scan/dedup.json",
-        "sample/*.jsonl",
-        "tokenizer.json",
-        "encode/*.json",
-        "dataset/*",
-    ):
-        process = subprocess.Popen(words, env=environment(), stderr=subprocess.DEVNULL)
-        while process.poll() is None and not work.exists():
-            time.sleep(0.002)
-        workers = children(process.pid)
-        killed += kill_when(process, work, pattern)
-        finished = max(finished, len(list(work.glob("encode/*.json"))))
-        deadline = time.monotonic() + 10
+    source = corpus(tmp_path / "input.jsonl", 4)
+    fixed = ["prepare", source, "--vocab-size", "400", "--workers", "2"]
+    subprocess.run(command(*fixed, "--out", tmp_path / "whole"), check=True, env=environment(), timeout=120)
+    words = [*fixed, "--out", tmp_path / "out"]
+    stages = {"read and hash": 2, "find duplicates": 1, "train the tokenizer": 1, "encode": 3, "assemble": 1}
+    for stage, calls in stages.items():
+        process = subprocess.Popen(
+            [sys.executable, "-c", DEADLY, stage, str(calls), *map(str, words)],
+            env=environment(),
+            stderr=subprocess.DEVNULL,
+        )
+        workers: set[int] = set()
+        while process.poll() is None:
+            workers.update(children(process.pid))
+            time.sleep(0.01)
+        assert process.returncode == -signal.SIGKILL, stage
+        deadline = time.monotonic() + 20
         while any(map(alive, workers)) and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert not any(map(alive, workers)), "orphaned workers"
-    assert killed == 6
-    assert finished > 0, "encoded units were kept"
-    result = subprocess.run(words, env=environment(), timeout=120, check=True, capture_output=True)
-    assert result.returncode == 0
+        assert not any(map(alive, workers)), f"orphaned workers after {stage}"
+    assert len(list((tmp_path / "out.preparing" / "encode").glob("*.json"))) == 4, "finished units were kept"
+    subprocess.run(command(*words), check=True, env=environment(), timeout=120)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert not work.exists()
+    assert not (tmp_path / "out.preparing").exists()
 
 
 def test_a_full_disk(tmp_path: Path):
