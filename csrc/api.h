@@ -107,4 +107,8 @@ void adamw(DType dtype, void* params, float* master, float* exp_avg, float* exp_
 // In double, in an order that depends on size alone.
 double sum_of_squares(DType dtype, const void* x, int64_t size, int threads);
 
+// The kernels' own exponential and tanh, for tests of their error.
+void vector_exp(const float* x, float* y, int64_t size);
+void vector_tanh(const float* x, float* y, int64_t size);
+
 }  // namespace megalite

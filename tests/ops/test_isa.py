@@ -11,7 +11,7 @@ import pytest
 from tests.helpers.source import ROOT
 from tests.ops.catalogue import needs_native
 
-FILES = ["norms", "activation", "rope", "cross_entropy", "attention", "adamw", "grad_norm"]
+FILES = ["norms", "activation", "rope", "cross_entropy", "attention", "adamw", "grad_norm", "native_math"]
 PROGRAM = """
 import sys, pytest, torch
 from megalite_kernels import _C
@@ -21,7 +21,8 @@ except ValueError as error:
     print(error)
     sys.exit(77)
 assert name == sys.argv[1], name
-sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-k", "cpu and (ccuracy or extreme)", *sys.argv[2:]]))
+chosen = "(cpu and (ccuracy or extreme)) or native_math"
+sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-k", chosen, *sys.argv[2:]]))
 """
 
 

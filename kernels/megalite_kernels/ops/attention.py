@@ -96,8 +96,8 @@ def attention(
     _check(q, k, v, window, cu_seqlens, max_seqlen, softcap, sinks)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     options = (causal, window or 0, softcap or 0.0, scale)
-    out, lse = _Attention.apply(q, k, v, cu_seqlens, sinks, *options)
-    return (out, lse) if return_lse else out
+    function = _AttentionWithLse if return_lse else _Attention
+    return function.apply(q, k, v, cu_seqlens, sinks, *options)
 
 
 def _check(
@@ -214,7 +214,40 @@ register_lazy("attention_fwd", "sdpa", "megalite_kernels.sdpa:forward", supports
 register_lazy("attention_bwd", "sdpa", "megalite_kernels.sdpa:backward", supports=supports_backward)
 
 
+def _save(ctx: Any, saved: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> None:
+    ctx.save_for_backward(*saved)
+    ctx.options = options
+
+
+def _input_grads(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, cu_seqlens, sinks = ctx.saved_tensors
+    dq, dk, dv, dsinks = _backward(dout, dlse, q, k, v, out, lse, cu_seqlens, sinks, *ctx.options)
+    return dq, dk, dv, None, dsinks if sinks is not None else None, *(None for _ in ctx.options)
+
+
 class _Attention(torch.autograd.Function):
+    """Returns the output alone: a gradient of the log-sum-exp, even of zeros, costs and bars some backends."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor | None,
+        sinks: Tensor | None,
+        *options: Any,
+    ) -> Tensor:
+        out, lse = _forward(q, k, v, cu_seqlens, sinks, *options)
+        _save(ctx, (q, k, v, out, lse, cu_seqlens, sinks), options)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        return _input_grads(ctx, dout, None)
+
+
+class _AttentionWithLse(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -226,15 +259,9 @@ class _Attention(torch.autograd.Function):
         *options: Any,
     ) -> tuple[Tensor, Tensor]:
         out, lse = _forward(q, k, v, cu_seqlens, sinks, *options)
-        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, sinks)
-        ctx.options = options
-        # The log-sum-exp is mostly unused: its gradient then arrives as None and not as zeros.
-        ctx.set_materialize_grads(False)
+        _save(ctx, (q, k, v, out, lse, cu_seqlens, sinks), options)
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, cu_seqlens, sinks = ctx.saved_tensors
-        dout = torch.zeros_like(out) if dout is None else dout
-        dq, dk, dv, dsinks = _backward(dout, dlse, q, k, v, out, lse, cu_seqlens, sinks, *ctx.options)
-        return dq, dk, dv, None, dsinks if sinks is not None else None, *(None for _ in ctx.options)
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        return _input_grads(ctx, dout, dlse)
