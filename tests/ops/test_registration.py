@@ -162,3 +162,41 @@ def test_the_backend_switches_without_recompiling() -> None:
         switched = compiled(X)
         assert torch.equal(switched, mk.gelu(X))
     torch.testing.assert_close(before, switched)
+
+
+ACCUMULATING: dict[str, Callable[..., Any]] = {
+    "linear": lambda x, w, main_grad: mk.linear(x, w, main_grad=main_grad),
+    "linear_cross_entropy": lambda x, w, main_grad: mk.linear_cross_entropy(
+        x, w, TARGET, main_grad=main_grad
+    ),
+    "linear_cross_entropy_none": lambda x, w, main_grad: mk.linear_cross_entropy(
+        x, w, TARGET, reduction="none", main_grad=main_grad
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ACCUMULATING)
+def test_main_gradients_compile_and_recompute(name: str) -> None:
+    """Adding into main_grad happens once, and to the same bits, eager, compiled and recomputed."""
+    function = ACCUMULATING[name]
+    torch.compiler.reset()
+
+    def run(call: Callable[..., Any]) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        x, weight = X.clone().requires_grad_(), random(16, 16).requires_grad_()
+        main_grad = torch.ones(16, 16)
+        call(x, weight, main_grad).square().sum().backward()
+        return x.grad, weight.grad, main_grad
+
+    def recomputed(*args: Tensor) -> Any:
+        return checkpoint(function, *args, use_reentrant=False)
+
+    dx, dweight, main_grad = run(function)
+    assert dweight is None
+    assert dx is not None
+    assert not torch.equal(main_grad, torch.ones(16, 16))
+    for call in (torch.compile(function, fullgraph=True, backend="aot_eager"), recomputed):
+        other_dx, other_dweight, other_main_grad = run(call)
+        assert other_dweight is None
+        assert other_dx is not None
+        assert torch.equal(dx, other_dx)
+        assert torch.equal(main_grad, other_main_grad)
