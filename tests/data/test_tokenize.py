@@ -111,6 +111,11 @@ class TestWordCache:
 
     def agree(self, tokenizer: Tokenizer, texts: list[str]) -> None:
         assert tokenizer.encode_batch(texts) == tokenizer._encode_directly(texts)
+        # Ids hide wrong words where no merge crosses them: compare the words too.
+        for text in filter(tokenizer._words.covers, texts):
+            pattern = tokenizer._words._ascii if text.isascii() else tokenizer._words._wide
+            expected = tokenizer._tokenizer.pre_tokenizer.pre_tokenize_str(text)
+            assert [match.span() for match in pattern.finditer(text)] == [span for _, span in expected]
 
     def test_every_covered_character(self, tokenizer: Tokenizer):
         """Beside letters, digits, spaces, marks and itself: its class decides where words end."""
