@@ -12,11 +12,11 @@ JOBS ?= $(shell if [ $(CORES) -gt 8 ]; then echo 8; else echo $(CORES); fi)
 ARGS ?=
 export PYTHON
 
-# --- the first run: real text that every machine has, and a configuration for two CPU cores -----------------
-DATA ?= data/stdlib
+# --- the first run: real text (the Python standard library, and English prose from one package) on two CPU cores
+DATA ?= data/first
 CONFIG ?= examples/pretrain_cpu.toml
-PREPARE := $(BIN)/megalite data prepare stdlib --out $(DATA)
-PRETRAIN := $(BIN)/megalite pretrain $(CONFIG) --json
+PREPARE := $(BIN)/megalite data prepare code=stdlib prose=botocore --out $(DATA)
+PRETRAIN := $(BIN)/megalite pretrain $(CONFIG) --dataset $(DATA) --json
 
 # One thread per test process: the processes fill the cores, and one thread is bitwise reproducible.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
@@ -32,7 +32,8 @@ setup: ## make .venv with what megalite needs
 	@scripts/bootstrap.sh
 
 .PHONY: pretrain
-pretrain: setup ## train a small base model on real text; the last line is its result as JSON
+pretrain: ## train a small base model on real text; the last line is its result as JSON
+	@scripts/bootstrap.sh corpus
 	@test -e $(DATA)/dataset.json || $(PREPARE)
 	@$(PRETRAIN) $(ARGS)
 

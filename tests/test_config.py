@@ -39,7 +39,10 @@ def test_toml_round_trip(tmp_path):
         ({"train": {"steps": 0}}, "train.steps=0 must be greater than 0"),
         ({"model": {"norm": "batch"}}, "model.norm='batch' must be one of 'rms', 'layer'"),
         ({"model": {"dropout": 0.1}}, "model.dropout=0.1 is not supported: set it to 0"),
-        ({"model": {"hidden_size": 30, "num_attention_heads": 4}}, "must be a multiple of model.num_attention"),
+        (
+            {"model": {"hidden_size": 30, "num_attention_heads": 4}},
+            "must be a multiple of model.num_attention",
+        ),
         ({"model": {"num_key_value_heads": 3}}, "must be a multiple of model.num_key_value_heads=3"),
         ({"train": {"seq_length": 9999}}, "train.seq_length=9999 must be at most model.max_position_emb"),
         ({"train": {"micro_batch_size": 3}}, "must be a multiple of train.micro_batch_size=3"),
@@ -80,7 +83,12 @@ def test_wrong_arguments_exit_with_2(capsys):
 
 def test_batch_ramp_is_consistent_with_its_sums():
     train = TrainConfig(
-        steps=50, micro_batch_size=2, global_batch_size=24, rampup_start=4, rampup_steps=20, rampup_increment=4
+        steps=50,
+        micro_batch_size=2,
+        global_batch_size=24,
+        rampup_start=4,
+        rampup_steps=20,
+        rampup_increment=4,
     )
     sizes = [train.batch_size_at(step) for step in range(50)]
     assert sizes[0] == 4

@@ -29,7 +29,9 @@ def command(*arguments: str, processes: int = 0) -> list[str]:
     return [sys.executable, "-m", *launcher, *arguments]
 
 
-def run(*arguments: str, processes: int = 0, timeout: float = 100, **extra: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str, processes: int = 0, timeout: float = 100, **extra: str
+) -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
     return subprocess.run(
         command(*arguments, processes=processes),
@@ -56,7 +58,12 @@ def run_and_signal(
     The command may end by itself first.
     """
     process = subprocess.Popen(
-        command(*arguments), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        command(*arguments),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
     )
     deadline = time.monotonic() + timeout
     while process.poll() is None and not when():

@@ -93,6 +93,8 @@ def test_padding_rows_never_get_a_gradient_or_a_value():
     model, buffers = make()
     tokens = torch.randint(0, 301, (2, 17))
     model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
-    embedding = next(view for name, view in zip(buffers.names(), buffers.grad_views(), strict=True) if "head" in name)
+    embedding = next(
+        view for name, view in zip(buffers.names(), buffers.grad_views(), strict=True) if "head" in name
+    )
     assert embedding.shape[0] == 384
     assert (embedding[301:] == 0).all()

@@ -66,7 +66,5 @@ def test_only_matrices_and_embeddings_decay(name):
 
 def test_a_parameter_without_a_piece_is_refused():
     model = nn.Sequential(nn.Linear(2, 3))
-    with pytest.raises(
-        ValueError, match=r"\['bias', 'weight'\] of 0 \(Linear\) belong to no piece"
-    ):
+    with pytest.raises(ValueError, match=r"\['bias', 'weight'\] of 0 \(Linear\) belong to no piece"):
         list(iter_pieces(model))
