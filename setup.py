@@ -113,7 +113,10 @@ setup(
         *find_packages("kernels", include=["megalite_kernels", "megalite_kernels.*"]),
     ],
     package_dir={"megalite": "megalite", "megalite_kernels": "kernels/megalite_kernels"},
-    package_data={"megalite": ["py.typed", "train/report_template.html"], "megalite_kernels": ["py.typed", "*.pyi"]},
+    package_data={
+        "megalite": ["py.typed", "train/report_template.html"],
+        "megalite_kernels": ["py.typed", "*.pyi"],
+    },
     include_package_data=False,
     ext_modules=native_extensions(),
     cmdclass={"build_ext": OptionalBuildExt},

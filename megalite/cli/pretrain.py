@@ -35,7 +35,8 @@ def _print_summary(result: dict[str, object]) -> None:
         return "n/a" if value is None else format(value, form)
 
     print(
-        f"trained {result['steps']:,} steps on {result['tokens']:,} tokens in {number('train_seconds', '.0f')} s: "
+        f"trained {result['steps']:,} steps on {result['tokens']:,} tokens "
+        f"(set-up {number('setup_seconds', '.1f')} s, training {number('train_seconds', '.0f')} s): "
         f"{number('tokens_per_s', ',.0f')} tokens/s, MFU {number('mfu_causal', '.1%')} causal, "
         f"{number('mfu_full', '.1%')} full\n"
         f"validation {number('val_bits_per_byte', '.4f')} bits per byte "

@@ -30,4 +30,4 @@ def fingerprint(tensor: Tensor) -> str:
         position = torch.arange(start, start + bits.numel(), dtype=torch.int64, device=tensor.device)
         total += ((bits + 1) * ((2 * position + 1) * _MULTIPLIER)).sum()
         start += bits.numel()
-    return f"{total.item() & (2**64 - 1):016x}"
+    return f"{int(total.item()) & (2**64 - 1):016x}"

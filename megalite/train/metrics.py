@@ -37,8 +37,8 @@ class StepResult:
         """All device scalars in one float64 vector [7]."""
         verdict, bad = self.verdict, self.bad_ranks > 0
         bad_rank = torch.where(bad.any(), bad.int().argmax(), -1)
-        values = (self.loss, self.grad_norm, self.valid_tokens, verdict.skip, verdict.spike)
-        values += (verdict.bad_parameter, bad_rank)
+        scalars = [self.loss, self.grad_norm, self.valid_tokens, verdict.skip, verdict.spike]
+        values = [*scalars, verdict.bad_parameter, bad_rank]
         return torch.stack([value.double() for value in values])
 
 

@@ -63,11 +63,12 @@ def run_pretraining(
     trainer = session.trainer
     try:
         with session.stop, _profiler(session) as after_step:
-            _announce(session, command, time.perf_counter() - started, config_toml(session.config))
+            setup = time.perf_counter() - started
+            _announce(session, command, setup, config_toml(session.config))
             training = time.perf_counter()
             finished = trainer.train(session.stop, after_step)
             session.saver.wait()
-            seconds = time.perf_counter() - training
+            times = {"setup_seconds": setup, "train_seconds": time.perf_counter() - training}
             barrier(mesh.dp)
         if not finished:
             trainer.log.event("preempt", trainer.completed_steps, signal=session.stop.name)
@@ -75,7 +76,7 @@ def run_pretraining(
                 f"{session.stop.name or 'a signal'}: saved after step {trainer.completed_steps}"
             )
             return Outcome(ExitCode.PREEMPTED, {})
-        result = finish(session, seconds) if mesh.is_first else {}
+        result = finish(session, times) if mesh.is_first else {}
         return Outcome(ExitCode.DONE, result)
     finally:
         trainer.loader.close()
@@ -83,7 +84,7 @@ def run_pretraining(
         trainer.tensorboard.close()
 
 
-def finish(session: Session, train_seconds: float) -> dict[str, Any]:
+def finish(session: Session, times: dict[str, float]) -> dict[str, Any]:
     """Baselines, report and result of a finished run; repeated harmlessly when the run is started again."""
     config, trainer, log = session.config, session.trainer, session.trainer.log
     run_dir = log.directory
@@ -93,13 +94,13 @@ def finish(session: Session, train_seconds: float) -> dict[str, Any]:
     baselines = json.loads(baselines_file.read_text(encoding="utf-8"))
     if not (run_dir / "result.json").exists():
         log.event("finish", trainer.completed_steps)
-    result = summarise(session, baselines, train_seconds) | {"report": str(run_dir / "report.html")}
+    result = summarise(session, baselines) | times | {"report": str(run_dir / "report.html")}
     log.write_json("result.json", result)
     write_report(run_dir)
     return result
 
 
-def summarise(session: Session, baselines: dict[str, Any], train_seconds: float) -> dict[str, Any]:
+def summarise(session: Session, baselines: dict[str, Any]) -> dict[str, Any]:
     """The machine-readable result of a run (documented in the README)."""
     run_dir = session.trainer.log.directory
     metrics = read_records(run_dir / RunLog.METRICS)
@@ -126,7 +127,6 @@ def summarise(session: Session, baselines: dict[str, Any], train_seconds: float)
         "mfu_full": per_flop * session.flops.full,
         "gemm_peak_tflops": session.precision.gemm_peak_tflops,
         "peak_memory_bytes": max((r["peak_memory_bytes"] for r in metrics), default=None),
-        "train_seconds": train_seconds,
         "checkpoint": str(checkpoint),
     }
 

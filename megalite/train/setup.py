@@ -84,7 +84,7 @@ def prepare_process(config: RunConfig, mesh: Mesh) -> None:
         keep_freed_pages()
     torch.use_deterministic_algorithms(True)
     # The mode above would also fill every new tensor with NaN: 5-10 % of a step, and no use to a tested step.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def build_session(config: RunConfig, mesh: Mesh, *, replay_step: int | None = None) -> Session:
