@@ -69,6 +69,13 @@ def test_command_line_wins_over_file_and_file_over_preset(tmp_path):
     assert config.data.datasets == (DatasetSpec(path="a"), DatasetSpec(path="b", weight=2.5))
 
 
+def test_short_flags_are_the_long_ones():
+    short, _ = parse_pretrain(["--init-from", "hf", "--profile"])
+    long, _ = parse_pretrain(["--train.init-from", "hf", "--train.profile"])
+    assert short == long
+    assert (short.train.init_from, short.train.profile) == ("hf", True)
+
+
 def test_preset_from_the_command_line():
     config, _ = parse_pretrain(["--preset", "gpt2-124m", "--model.num_layers=2"])
     assert (config.model.family, config.model.num_layers) == ("gpt2", 2)

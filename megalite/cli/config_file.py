@@ -31,6 +31,10 @@ class PretrainArguments(RunConfig):
 
     dataset: tuple[str, ...] = ()
     """Prepared dataset folders, as PATH or PATH=WEIGHT; replaces [data] datasets."""
+    init_from: str = ""
+    """Hugging Face folder to start from; the same as --train.init-from."""
+    profile: bool = False
+    """Write a profiler trace into the run directory; the same as --train.profile."""
     json: bool = False
     """Print one JSON object with the run's results as the last line."""
 
@@ -82,6 +86,9 @@ def parse_pretrain(argv: list[str]) -> tuple[RunConfig, bool]:
     defaults = PretrainArguments(**{f.name: getattr(base, f.name) for f in dataclasses.fields(RunConfig)})
     arguments = parse(PretrainArguments, rest, default=defaults, prog="megalite pretrain")
     config = RunConfig(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(RunConfig)})
+    train = {"init_from": arguments.init_from, "profile": arguments.profile}
+    given = {name: value for name, value in train.items() if value}
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **given))
     if arguments.dataset:
         datasets = tuple(_dataset_spec(text) for text in arguments.dataset)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, datasets=datasets))

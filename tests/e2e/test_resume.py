@@ -126,10 +126,9 @@ def test_a_signal_saves_and_exits_with_75(number, dataset, tmp_path):
     assert read_losses(run_dir) == uninterrupted(tmp_path, dataset)
 
 
-@pytest.mark.parametrize("processes", [2])
-def test_torchrun_trains_and_a_signal_stops_all_ranks_together(processes, dataset, tmp_path):
+def test_torchrun_gives_the_losses_of_one_process(dataset, tmp_path):
     config = make_config(tmp_path / "c.toml", dataset, tmp_path / "run", train={"precision": "fp32"})
-    done = run("pretrain", str(config), processes=processes)
+    done = run("pretrain", str(config), processes=2)
     assert done.returncode == 0, done.stderr
     alone = make_config(tmp_path / "d.toml", dataset, tmp_path / "alone", train={"precision": "fp32"})
     single = run("pretrain", str(alone))

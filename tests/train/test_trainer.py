@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,49 @@ def test_data_parallel_losses_equal_one_process(dataset, tmp_path, rank_pool, wo
     last = [read_records(tmp_path / name / "evals.jsonl")[-1] for name in ("one", "many")]
     assert last[1]["val_tokens"] == last[0]["val_tokens"]
     assert last[1]["val_bits_per_byte"] == pytest.approx(last[0]["val_bits_per_byte"], rel=1e-5)
+
+
+def stop_on_rank_one(config: RunConfig) -> int:
+    """A signal that only one rank received, after step 3: the step at which this rank stopped."""
+    rank = dist.get_rank()
+    mesh = Mesh(device=torch.device("cpu"), dp=Axis(dist.get_world_size(), rank, dist.group.WORLD))
+    session = session_for(config, mesh)
+
+    def receive(step: int) -> None:
+        if step == 3 and rank == 1:
+            session.stop.name = "SIGTERM"
+
+    assert not session.trainer.train(session.stop, receive)
+    session.saver.wait()
+    session.trainer.loader.close()
+    return session.trainer.completed_steps
+
+
+def test_all_ranks_stop_at_the_same_step_when_one_is_signalled(dataset, tmp_path, rank_pool):
+    config = tiny_config(dataset, tmp_path / "run", checkpoint={"interval": 0})
+    stopped = rank_pool(2).run(stop_on_rank_one, config)
+    assert stopped[0] == stopped[1] < 12
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == [f"step_{stopped[0]:08d}"]
+
+
+def test_a_batch_ramp_takes_its_samples_in_order_and_resumes(dataset, tmp_path):
+    ramp = {"rampup_start": 2, "rampup_steps": 8, "steps": 12}
+    config = tiny_config(dataset, tmp_path / "run", train=ramp)
+    train(config)
+    records = read_records(tmp_path / "run/metrics.jsonl")
+    assert [r["global_batch_size"] for r in records] == [2, 2, 2, 4, 4, 4, 6, 6, 8, 8, 8, 8]
+    assert [r["valid_tokens"] for r in records] == [r["global_batch_size"] * 32 for r in records]
+    assert records[-1]["tokens"] == sum(r["global_batch_size"] * 32 for r in records)
+    losses = read_losses(tmp_path / "run")
+    shutil.rmtree(max((tmp_path / "run/checkpoints").iterdir()))
+    train(config)
+    assert read_losses(tmp_path / "run") == losses
+
+
+def test_a_profile_is_written(dataset, tmp_path):
+    train(tiny_config(dataset, tmp_path / "run", train={"profile": True}))
+    events = json.loads((tmp_path / "run/trace.json").read_text())["traceEvents"]
+    assert any("mm" in event.get("name", "") for event in events)
 
 
 def poison(trainer: Trainer, steps: set[int], value: float = math.nan) -> None:
