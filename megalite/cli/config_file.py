@@ -86,9 +86,12 @@ def parse_pretrain(argv: list[str]) -> tuple[RunConfig, bool]:
     defaults = PretrainArguments(**{f.name: getattr(base, f.name) for f in dataclasses.fields(RunConfig)})
     arguments = parse(PretrainArguments, rest, default=defaults, prog="megalite pretrain")
     config = RunConfig(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(RunConfig)})
-    train = {"init_from": arguments.init_from, "profile": arguments.profile}
-    given = {name: value for name, value in train.items() if value}
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **given))
+    train = dataclasses.replace(
+        config.train,
+        init_from=arguments.init_from or config.train.init_from,
+        profile=arguments.profile or config.train.profile,
+    )
+    config = dataclasses.replace(config, train=train)
     if arguments.dataset:
         datasets = tuple(_dataset_spec(text) for text in arguments.dataset)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, datasets=datasets))
