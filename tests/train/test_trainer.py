@@ -282,6 +282,34 @@ def test_a_non_finite_step_is_skipped_counted_and_named(dataset, tmp_path):
     trainer.loader.close()
 
 
+def poison_rank_one(config: RunConfig) -> list[dict]:
+    """Step 3 goes bad on rank 1 alone; returns what this rank's log says (only the first rank has one)."""
+    rank = dist.get_rank()
+    mesh = Mesh(device=torch.device("cpu"), dp=Axis(dist.get_world_size(), rank, dist.group.WORLD))
+    session = session_for(config, mesh)
+    poison(session.trainer, {2} if rank == 1 else set())
+    for step in range(4):
+        session.trainer.metrics.add(session.trainer.train_step(step, session.stop)[0])
+    session.trainer.flush()
+    session.trainer.loader.close()
+    session.trainer.tensorboard.close()
+    return [] if rank else read_records(Path(config.directory) / "events.jsonl")
+
+
+def test_the_rank_that_went_bad_is_named(dataset, tmp_path, rank_pool):
+    events, _ = rank_pool(2).run(poison_rank_one, tiny_config(dataset, tmp_path / "run"))
+    assert [(e["kind"], e["step"], e["rank"]) for e in events] == [("skip", 3, 1)]
+    assert events[0]["parameter"] == "layers.1.mlp.gate_up_proj.weight"
+
+
+def test_the_norm_counts_every_element_of_every_piece_once(dataset, tmp_path):
+    session = session_for(tiny_config(dataset, tmp_path / "run"))
+    result, _ = session.trainer.train_step(0, session.stop)
+    squares = [view.double().square().sum() for _, view in session.trainer.buffers.piece_tensors("main_grad")]
+    assert result.grad_norm.item() == pytest.approx(sum(squares).sqrt().item(), rel=1e-6)
+    session.trainer.loader.close()
+
+
 def test_too_many_skipped_steps_end_the_run_as_diverged(dataset, tmp_path):
     session = session_for(
         tiny_config(dataset, tmp_path / "run", train={"max_skipped_steps": 3, "log_interval": 1})
