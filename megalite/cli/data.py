@@ -17,7 +17,6 @@ from megalite.data.prepare import prepare
 from megalite.data.stages import PrepareOptions
 from megalite.errors import ExitCode, UserError
 
-SUMMARY = "prepare text for training, inspect it, name the documents of a step"
 USAGE = """usage: megalite data COMMAND ...     (megalite data COMMAND --help says more)
 
 commands:

@@ -12,8 +12,6 @@ import tyro
 from megalite.cli.config_file import parse
 from megalite.errors import ExitCode
 
-SUMMARY = "write a checkpoint as a Hugging Face folder"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:

@@ -13,8 +13,6 @@ from megalite.cli.config_file import parse
 from megalite.config import to_dict
 from megalite.errors import ExitCode
 
-SUMMARY = "check a Hugging Face folder and make it one to train from"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:

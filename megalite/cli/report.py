@@ -13,8 +13,6 @@ from rich.console import Console
 from megalite.train.report import Report, make_report
 from megalite.train.verdict_signals import Level
 
-SUMMARY = "one HTML page about a run: charts, samples, and whether pre-training is helping"
-
 STYLES: dict[Level, str] = {"good": "green", "watch": "yellow", "bad": "bold red", "unknown": "dim"}
 
 

@@ -16,8 +16,6 @@ from megalite.errors import ExitCode, UserError
 if TYPE_CHECKING:
     from megalite.data.tokenize import Tokenizer
 
-SUMMARY = "generate text from a checkpoint"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:

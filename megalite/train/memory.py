@@ -15,8 +15,8 @@ def keep_freed_pages() -> bool:
     """Let glibc keep freed memory instead of returning it to the kernel; True where that was possible.
 
     By default each large tensor is mapped when made and unmapped when freed, and every page is faulted in
-    again: 15-45 % of a CPU training step. This changes the whole process, so only commands that train call
-    it, and only on CPUs.
+    again, which costs all but the smallest models a good part of a CPU training step. This changes the whole
+    process, so only commands that train call it, and only on CPUs.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -83,7 +83,7 @@ def prepare_process(config: RunConfig, mesh: Mesh) -> None:
         torch.set_num_threads(threads)
         keep_freed_pages()
     torch.use_deterministic_algorithms(True)
-    # The mode above would also fill every new tensor with NaN: 5-10 % of a step, and no use to a tested step.
+    # The mode above would also fill every new tensor with NaN, a write more for each of them.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
