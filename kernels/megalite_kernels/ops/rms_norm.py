@@ -11,6 +11,7 @@ from megalite_kernels._library import define
 from megalite_kernels.backend import register, register_lazy
 from megalite_kernels.ops import checks
 from megalite_kernels.ops.native_support import NATIVE, native_supports
+from megalite_kernels.ops.triton_support import TRITON, triton_supports
 from megalite_kernels.reference import rms_norm as reference
 from megalite_kernels.reference.common import wide_dtype
 
@@ -106,6 +107,13 @@ for _op, _name in (
     register_lazy(
         _op, "cpu", f"megalite_kernels.native.rms_norm:{_name}", requires=NATIVE, supports=native_supports
     )
+register_lazy(
+    "rms_norm_fwd",
+    "triton",
+    "megalite_kernels.triton.rms_norm:forward",
+    requires=TRITON,
+    supports=triton_supports,
+)
 
 
 class _RMSNorm(torch.autograd.Function):
