@@ -66,7 +66,7 @@ def test_no_machine_paths():
     folders = ["work", "farm", "root", "Users"]  # joined below, so that this file does not find itself
     needles = [f"/{folder}/" for folder in folders] + ["/tmp/" + "bash_jobs", "/tmp/" + "mega"]
     files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*")]
-    files += [path for path in ROOT.iterdir() if path.is_file() and path.name != ".git"]  # a worktree's pointer
+    files += [path for path in ROOT.iterdir() if path.name != ".git"]  # in a worktree that is a file
     found = []
     for path in files:
         if path.is_file() and path.suffix in TEXT and "__pycache__" not in path.parts:
