@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import triton
@@ -11,7 +9,7 @@ import triton.language as tl
 
 
 @triton.jit
-def arithmetic_kernel(x_ptr: Any, y_ptr: Any, sum_ptr: Any, less_ptr: Any, SIZE: tl.constexpr):
+def arithmetic_kernel(x_ptr, y_ptr, sum_ptr, less_ptr, SIZE: tl.constexpr):
     at = tl.arange(0, SIZE)
     x, y = tl.load(x_ptr + at), tl.load(y_ptr + at)
     tl.store(sum_ptr + at, x * y + x)
@@ -19,7 +17,7 @@ def arithmetic_kernel(x_ptr: Any, y_ptr: Any, sum_ptr: Any, less_ptr: Any, SIZE:
 
 
 @triton.jit
-def dot_kernel(x_ptr: Any, y_ptr: Any, out_ptr: Any, SIZE: tl.constexpr):
+def dot_kernel(x_ptr, y_ptr, out_ptr, SIZE: tl.constexpr):
     at = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     product = tl.dot(tl.load(x_ptr + at), tl.load(y_ptr + at))
     tl.store(out_ptr + at, product)

@@ -116,5 +116,10 @@ def launch(
     guard = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with guard:
         kernel[grid](
-            *args, **constants, **config.blocks, num_warps=config.num_warps, num_stages=config.num_stages
+            *args,
+            **constants,
+            **config.blocks,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            enable_fp_fusion=True,  # explicit: Triton 3.10 changes the default to off
         )

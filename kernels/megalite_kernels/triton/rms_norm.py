@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -16,9 +14,9 @@ FORWARD = Table("rms_norm_fwd", {"default": Launch({"BLOCK_H": 1024}, num_warps=
 
 @triton.jit
 def forward_kernel(
-    x_ptr: Any, weight_ptr: Any, y_ptr: Any, rstd_ptr: Any, hidden: Any,
+    x_ptr, weight_ptr, y_ptr, rstd_ptr, hidden,
     EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr, BLOCK_H: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """Grid [rows]; a program owns a row."""
     row = tl.program_id(0).to(tl.int64)
     total = tl.zeros((BLOCK_H,), tl.float32)
