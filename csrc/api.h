@@ -66,7 +66,7 @@ void cross_entropy_backward(DType dtype, const float* dloss, int64_t dloss_strid
 int64_t cross_entropy_grad(DType dtype, void* logits, const int64_t* target, const float* scale, int64_t scale_stride,
                            float* loss, float* lse, int64_t rows, int64_t cols, LossOptions options, int threads);
 
-// One document (or batch row): its queries are the last of its keys. Starts are tokens; lse_start is an offset.
+// One document (or batch row). Starts are tokens; lse_start is an offset.
 struct Segment {
   int64_t q_start, q_len, k_start, k_len, lse_start;
 };
@@ -82,6 +82,7 @@ struct AttentionShape {
   int64_t num_segments, heads, kv_heads, dim, lse_head_stride;
   bool causal;
   int64_t window;  // 0: none
+  int64_t offset;  // query i stands at key position i + k_len - q_len + offset, maybe outside the keys
   float scale;
 };
 

@@ -133,8 +133,8 @@ using StridedTuple = std::tuple<Address, int64_t, int64_t>;
 
 megalite::Strided strided(const StridedTuple& t) { return {at(std::get<0>(t)), std::get<1>(t), std::get<2>(t)}; }
 
-// (segments' address, their number, heads, kv_heads, dim, lse_head_stride, causal, window, scale)
-using ShapeTuple = std::tuple<Address, int64_t, int64_t, int64_t, int64_t, int64_t, bool, int64_t, float>;
+// (segments' address, their number, heads, kv_heads, dim, lse_head_stride, causal, window, offset, scale)
+using ShapeTuple = std::tuple<Address, int64_t, int64_t, int64_t, int64_t, int64_t, bool, int64_t, int64_t, float>;
 
 megalite::AttentionShape attention_shape(const ShapeTuple& t) {
   return {at<const megalite::Segment>(std::get<0>(t)),
@@ -145,7 +145,8 @@ megalite::AttentionShape attention_shape(const ShapeTuple& t) {
           std::get<5>(t),
           std::get<6>(t),
           std::get<7>(t),
-          std::get<8>(t)};
+          std::get<8>(t),
+          std::get<9>(t)};
 }
 
 void bind_attention(py::module_& m) {

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megalite_kernels.reference.attention import segments, visible
+from megalite_kernels.reference.attention import Bounds, documents, visible
 
 
 def supports_forward(
@@ -20,9 +20,12 @@ def supports_forward(
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     sinks: Tensor | None,
     causal: bool,
     window: int,
+    offset: int,
+    max_seqlen: int,
     softcap: float,
     scale: float,
 ) -> str | None:
@@ -33,9 +36,13 @@ def supports_forward(
         return f"takes bfloat16, float16 and float32, not {q.dtype}"
     if softcap or sinks is not None:
         return "has no softcap and no sinks"
+    if cu_seqlens_k is not None:
+        return "has no document bounds of their own for keys"
+    if offset < 0 or (offset and window):
+        return f"takes no offset of {offset} with window {window}: queries may see no key"
     if not q.numel() or not k.numel():
         return "takes no empty tensors"
-    if causal and q.shape[-3] > k.shape[-3]:
+    if (causal or window) and q.shape[-3] > k.shape[-3] + offset:
         return "takes no queries that see no key"
     return None
 
@@ -93,21 +100,24 @@ def forward(
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     sinks: Tensor | None,
     causal: bool,
     window: int,
+    offset: int,
+    max_seqlen: int,
     softcap: float,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Backend "sdpa" of `attention_fwd`."""
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out, masking = torch.empty(q.shape, dtype=q.dtype), (causal, window, offset)
     if cu_seqlens is None:
-        value, lse = _call(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal, window, scale)
+        value, lse = _call(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), masking, scale)
         out.transpose(1, 2).copy_(value)
         return out, lse.contiguous()
     lse = torch.empty(q.shape[:2], dtype=torch.float32)
-    for group in _groups(cu_seqlens, q.shape[0], pad=causal):
-        value, one_lse = _call(group.take(q), group.take(k), group.take(v), causal, window, scale)
+    for group in _groups(cu_seqlens, q.shape[0], pad=causal and not offset):
+        value, one_lse = _call(group.take(q), group.take(k), group.take(v), masking, scale)
         group.put(out, value)
         group.put(lse, one_lse)
     return out, lse.t().contiguous()
@@ -122,34 +132,37 @@ def backward(
     out: Tensor,
     lse: Tensor,
     cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     sinks: Tensor | None,
     causal: bool,
     window: int,
+    offset: int,
+    max_seqlen: int,
     softcap: float,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Backend "sdpa" of `attention_bwd`."""
-    grads = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
+    grads, masking = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)], (causal, window, offset)
     if cu_seqlens is None:
         tensors = [x.transpose(1, 2) for x in (dout, q, k, v, out)]
-        values = _call_backward(tensors, lse, causal, window, scale)
+        values = _call_backward(tensors, lse, masking, scale)
         for grad, value in zip(grads, values, strict=False):
             grad.transpose(1, 2).copy_(value)
         return grads[0], grads[1], grads[2], q.new_zeros(0)
     by_token = lse.t()
-    for group in _groups(cu_seqlens, q.shape[0], pad=causal):
+    for group in _groups(cu_seqlens, q.shape[0], pad=causal and not offset):
         tensors = [group.take_grad(dout), *(group.take(x) for x in (q, k, v, out))]
         one_lse = group.take(by_token.unsqueeze(-1)).squeeze(-1).contiguous()
-        values = _call_backward(tensors, one_lse, causal, window, scale)
+        values = _call_backward(tensors, one_lse, masking, scale)
         for grad, value in zip(grads, values, strict=False):
             group.put(grad, value)
     return grads[0], grads[1], grads[2], q.new_zeros(0)
 
 
 def _groups(cu_seqlens: Tensor, tokens: int, *, pad: bool) -> list[_Group]:
-    """Documents by length (rounded up to a power of two where padding is hidden by causality)."""
+    """Documents by length (rounded up to a power of two where padding is hidden by causality and no offset)."""
     by_length: dict[int, list[slice]] = {}
-    for part in segments(cu_seqlens, tokens):
+    for part, _ in documents(Bounds(cu_seqlens), tokens, tokens):
         length = part.stop - part.start
         by_length.setdefault(1 << (length - 1).bit_length() if pad else length, []).append(part)
     return [_group(parts) for parts in by_length.values()]
@@ -168,31 +181,37 @@ def _group(parts: list[slice]) -> _Group:
     return _Group(count, longest, parts[0].start, index, places)
 
 
-def _mask(q: Tensor, k: Tensor, causal: bool, window: int) -> tuple[bool, Tensor | None]:
-    """(is_causal, additive mask): the kernel's own causal mask is top-left, right only for equal lengths."""
+def _mask(q: Tensor, k: Tensor, masking: tuple[bool, int, int]) -> tuple[bool, Tensor | None]:
+    """(is_causal, additive mask): the kernel's own causal mask is top-left, right only for equal lengths.
+
+    masking is (causal, window, offset).
+    """
+    causal, window, offset = masking
     rows, columns = q.shape[2], k.shape[2]
     windowed = 0 < window < columns
-    if not windowed and rows == columns:
+    if not windowed and not offset and rows == columns:
         return causal, None
-    seen = visible(rows, columns, causal, window, q.device)
+    seen = visible(rows, columns, causal, window, q.device, offset)
     if seen is None or bool(seen.all()):
         return False, None
     return False, torch.zeros(rows, columns, dtype=q.dtype).masked_fill_(~seen, -torch.inf)
 
 
-def _call(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, scale: float) -> tuple[Tensor, Tensor]:
-    is_causal, mask = _mask(q, k, causal, window)
+def _call(
+    q: Tensor, k: Tensor, v: Tensor, masking: tuple[bool, int, int], scale: float
+) -> tuple[Tensor, Tensor]:
+    is_causal, mask = _mask(q, k, masking)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale
     )
 
 
 def _call_backward(
-    tensors: list[Tensor], lse: Tensor, causal: bool, window: int, scale: float
+    tensors: list[Tensor], lse: Tensor, masking: tuple[bool, int, int], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """tensors are dout, q, k, v, out."""
     dout, q, k, v, out = tensors
-    is_causal, mask = _mask(q, k, causal, window)
+    is_causal, mask = _mask(q, k, masking)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         dout, q, k, v, out, lse, 0.0, is_causal, attn_mask=mask, scale=scale
     )

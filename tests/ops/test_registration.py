@@ -19,7 +19,7 @@ Q, KV = random(6, 4, 8), random(6, 2, 8, seed=1)
 TARGET = torch.tensor([0, 3, -100, 15, 2, 1])
 LOSS = (-100, 0.1, 0.01, 3.0)
 BOUNDS = torch.tensor([0, 2, 6], dtype=torch.int32)
-ATTENTION = (BOUNDS, None, True, 3, 0.0, 0.35)
+ATTENTION = (BOUNDS, None, None, True, 3, 0, 4, 0.0, 0.35)
 
 CALLS: dict[str, tuple[Any, ...]] = {
     "rms_norm_fwd": (X, WEIGHT, 1e-6, True),

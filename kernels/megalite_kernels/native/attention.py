@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megalite_kernels import _C
 from megalite_kernels.native.common import DTYPES, address, by_token, threads
-from megalite_kernels.reference.attention import segments
+from megalite_kernels.reference.attention import Bounds, documents
 
 
 def forward(
@@ -17,16 +17,19 @@ def forward(
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     sinks: Tensor | None,
     causal: bool,
     window: int,
+    offset: int,
+    max_seqlen: int,
     softcap: float,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Backend "cpu" of `attention_fwd`."""
     q, k, v = by_token(q), by_token(k), by_token(v)
     out, lse = torch.empty(q.shape, dtype=q.dtype), _empty_lse(q)
-    table, shape = _shape(q, k, cu_seqlens, causal, window, scale)
+    table, shape = _shape(q, k, Bounds(cu_seqlens, cu_seqlens_k), (causal, window, offset, scale))
     pointers = (_strided(q), _strided(k), _strided(v), address(out), address(lse))
     _C.attention_forward(DTYPES[q.dtype], *pointers, shape, threads())
     del table  # shape holds its address
@@ -42,9 +45,12 @@ def backward(
     out: Tensor,
     lse: Tensor,
     cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     sinks: Tensor | None,
     causal: bool,
     window: int,
+    offset: int,
+    max_seqlen: int,
     softcap: float,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -52,7 +58,7 @@ def backward(
     dout, q, k, v, out = (by_token(x) for x in (dout, q, k, v, out))
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.to(torch.float32).contiguous()
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-    table, shape = _shape(q, k, cu_seqlens, causal, window, scale)
+    table, shape = _shape(q, k, Bounds(cu_seqlens, cu_seqlens_k), (causal, window, offset, scale))
     inputs = (
         _strided(dout),
         address(dlse),
@@ -79,17 +85,20 @@ def _strided(x: Tensor) -> tuple[int, int, int]:
 
 
 def _shape(
-    q: Tensor, k: Tensor, cu_seqlens: Tensor | None, causal: bool, window: int, scale: float
+    q: Tensor, k: Tensor, bounds: Bounds, options: tuple[bool, int, int, float]
 ) -> tuple[Tensor, tuple[Any, ...]]:
-    """The table of documents (`Segment` of csrc/api.h) and the `AttentionShape` that points to it."""
+    """The table of documents (`Segment` of csrc/api.h) and the `AttentionShape` that points to it.
+
+    options are causal, window, offset, scale.
+    """
     heads, kv_heads, dim = q.shape[-2], k.shape[-2], q.shape[-1]
-    if cu_seqlens is None:
+    if bounds.queries is None:
         rows, columns = q.shape[1], k.shape[1]
         lines = [(b * rows, rows, b * columns, columns, b * heads * rows) for b in range(q.shape[0])]
         stride = rows
     else:
-        parts = segments(cu_seqlens, q.shape[0])
-        lines = [(p.start, p.stop - p.start, p.start, p.stop - p.start, p.start) for p in parts]
+        pairs = documents(bounds, q.shape[0], k.shape[0])
+        lines = [(p.start, p.stop - p.start, r.start, r.stop - r.start, p.start) for p, r in pairs]
         stride = q.shape[0]
     table = torch.tensor(lines, dtype=torch.int64).view(-1, 5)
-    return table, (address(table), len(lines), heads, kv_heads, dim, stride, causal, window, scale)
+    return table, (address(table), len(lines), heads, kv_heads, dim, stride, *options)

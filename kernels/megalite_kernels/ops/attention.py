@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, overload
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from megalite_kernels._library import define
 from megalite_kernels.backend import register, register_lazy
 from megalite_kernels.ops import checks
+from megalite_kernels.ops.attention_checks import check, lse_shape, raw_options
 from megalite_kernels.ops.native_support import (
     NATIVE,
     native_attention_backward_supports,
@@ -93,57 +93,115 @@ def attention(
     Saved: q, k, v, out, lse.
     Source: Dao, "FlashAttention-2", 2023; the sinks are those of gpt-oss.
     """
-    _check(q, k, v, window, cu_seqlens, max_seqlen, softcap, sinks)
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    options = (causal, window or 0, softcap or 0.0, scale)
+    check(q, k, v, window, (cu_seqlens, None), max_seqlen, softcap, sinks)
+    options = raw_options(q, causal, window, 0, max_seqlen, softcap, scale)
     function = _AttentionWithLse if return_lse else _Attention
     return function.apply(q, k, v, cu_seqlens, sinks, *options)
 
 
-def _check(
+def attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    window: int | None,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> None:
-    checks.require_float(q=q)
-    dims, form = (4, "[B, S, N, D]") if cu_seqlens is None else (3, "packed [T, N, D] with cu_seqlens")
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != dims:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}: pass {form}")
-        checks.require_same_kind(tensor, q, name, "q")
-    tokens = k.shape[-3] if cu_seqlens is None else q.shape[0]
-    checks.require_shape(
-        k, (*q.shape[:-3], tokens, k.shape[-2], q.shape[-1]), "k", f"q of shape {list(q.shape)}"
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen: int | None = None,
+    offset: int = 0,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One part of an attention whose keys come in parts (ring attention), without autograd.
+
+    Query i of a document stands at key position `i + (k_len - q_len) + offset`, which may lie before or behind
+    these keys. Partial results merge by their log-sum-exp:
+
+        lse = logaddexp(lse_1, lse_2);  out = exp(lse_1 - lse) * out_1 + exp(lse_2 - lse) * out_2
+
+    with weight 0 where an lse is -inf. `attention_backward` is then called once per part, each time with the
+    *merged* out and lse: its probabilities come out as those of the whole, dq of the parts adds up, dk and dv
+    are those of the part's keys.
+
+    Args:
+        q, k, v, causal, window, cu_seqlens, softcap, scale: as in `attention`.
+        cu_seqlens_k: [documents + 1] int32, where the documents start in k and v [Tk, K, D]; None: as in q.
+        max_seqlen: longest document, of queries and of keys; with cu_seqlens only.
+        offset: how much later than aligned at the end the queries stand; keys that come from a rank `r` places
+            earlier in the ring, with documents cut into equal chunks, need `r * chunk`.
+        sinks: [N]; a sink counts once per call, so give it to one of the parts only.
+
+    Returns:
+        (out like q, lse [B, N, S] or [N, T] in fp32), zeros and -inf for a query that sees no key.
+
+    Raises:
+        ValueError: as `attention`.
+    """
+    bounds = (cu_seqlens, cu_seqlens_k)
+    check(q, k, v, window, bounds, max_seqlen, softcap, sinks)
+    return _forward(
+        q, k, v, *bounds, sinks, *raw_options(q, causal, window, offset, max_seqlen, softcap, scale)
     )
-    checks.require_like(v, k, "v", "k")
-    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
-        raise ValueError(f"q has {q.shape[-2]} heads: must be a multiple of the {k.shape[-2]} heads of k")
-    if window is not None and window < 1:
-        raise ValueError(f"window={window} must be at least 1 (the token itself), or None for no limit")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap={softcap} must be greater than 0, or None for no cap")
-    if sinks is not None:
-        checks.require_shape(sinks, (q.shape[-2],), "sinks", f"q with {q.shape[-2]} heads")
-        checks.require_same_device(sinks, q, "sinks", "q")
-    if cu_seqlens is not None:
-        if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
-            shape = list(cu_seqlens.shape)
-            raise ValueError(f"cu_seqlens is {cu_seqlens.dtype} {shape}: pass int32 [documents + 1]")
-        checks.require_same_device(cu_seqlens, q, "cu_seqlens", "q")
-    elif max_seqlen is not None:
-        raise ValueError(f"max_seqlen={max_seqlen} has a meaning with cu_seqlens only: pass both or neither")
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen: int | None = None,
+    offset: int = 0,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    dlse: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of one part of an attention, from the out and lse of the whole (see `attention_forward`).
+
+    Args:
+        dout, out: like q, of the merged result.
+        lse, dlse: [B, N, S] or [N, T] fp32, of the merged result; dlse None: zero.
+        q, k, v and the options: those of this part.
+
+    Returns:
+        (dq, dk, dv, dsinks); dsinks is None without sinks. dq is this part's share of the sum.
+
+    Raises:
+        ValueError: as `attention`, or dout, out, lse or dlse don't fit q.
+    """
+    bounds = (cu_seqlens, cu_seqlens_k)
+    check(q, k, v, window, bounds, max_seqlen, softcap, sinks)
+    checks.require_like(dout, q, "dout", "q")
+    checks.require_like(out, q, "out", "q")
+    checks.require_shape(lse, lse_shape(q), "lse", f"q of shape {list(q.shape)}")
+    if dlse is not None:
+        checks.require_like(dlse, lse, "dlse", "lse")
+    options = raw_options(q, causal, window, offset, max_seqlen, softcap, scale)
+    dq, dk, dv, dsinks = _backward(dout, dlse, q, k, v, out, lse, *bounds, sinks, *options)
+    return dq, dk, dv, dsinks if sinks is not None else None
 
 
 def reference_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, sinks: Tensor | None, *options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    sinks: Tensor | None,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Reference of `attention_fwd`."""
-    return reference.forward(q, k, v, cu_seqlens, sinks, reference.Options(*options))
+    bounds = reference.Bounds(cu_seqlens, cu_seqlens_k)
+    return reference.forward(q, k, v, bounds, sinks, reference.Options(*options))
 
 
 def reference_backward(
@@ -155,18 +213,17 @@ def reference_backward(
     out: Tensor,
     lse: Tensor,
     cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     sinks: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Reference of `attention_bwd`."""
-    return reference.backward(dout, dlse, q, k, v, out, lse, cu_seqlens, sinks, reference.Options(*options))
+    bounds = reference.Bounds(cu_seqlens, cu_seqlens_k)
+    return reference.backward(dout, dlse, q, k, v, out, lse, bounds, sinks, reference.Options(*options))
 
 
-def _fake_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, sinks: Tensor | None, *options: Any
-) -> tuple[Tensor, Tensor]:
-    shape = (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
-    return q.new_empty(q.shape), q.new_empty(shape, dtype=wide_dtype(q))
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(lse_shape(q), dtype=wide_dtype(q))
 
 
 def _fake_backward(
@@ -178,6 +235,7 @@ def _fake_backward(
     out: Tensor,
     lse: Tensor,
     cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     sinks: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -185,7 +243,10 @@ def _fake_backward(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 
-_OPTIONS = "Tensor? cu_seqlens, Tensor? sinks, bool causal, int window, float softcap, float scale"
+_OPTIONS = (
+    "Tensor? cu_seqlens, Tensor? cu_seqlens_k, Tensor? sinks, "
+    "bool causal, int window, int offset, int max_seqlen, float softcap, float scale"
+)
 _forward = define(
     f"attention_fwd(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)", fake=_fake_forward
 )
@@ -221,7 +282,7 @@ def _save(ctx: Any, saved: tuple[Tensor | None, ...], options: tuple[Any, ...]) 
 
 def _input_grads(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, cu_seqlens, sinks = ctx.saved_tensors
-    dq, dk, dv, dsinks = _backward(dout, dlse, q, k, v, out, lse, cu_seqlens, sinks, *ctx.options)
+    dq, dk, dv, dsinks = _backward(dout, dlse, q, k, v, out, lse, cu_seqlens, None, sinks, *ctx.options)
     return dq, dk, dv, None, dsinks if sinks is not None else None, *(None for _ in ctx.options)
 
 
@@ -238,7 +299,7 @@ class _Attention(torch.autograd.Function):
         sinks: Tensor | None,
         *options: Any,
     ) -> Tensor:
-        out, lse = _forward(q, k, v, cu_seqlens, sinks, *options)
+        out, lse = _forward(q, k, v, cu_seqlens, None, sinks, *options)
         _save(ctx, (q, k, v, out, lse, cu_seqlens, sinks), options)
         return out
 
@@ -258,7 +319,7 @@ class _AttentionWithLse(torch.autograd.Function):
         sinks: Tensor | None,
         *options: Any,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = _forward(q, k, v, cu_seqlens, sinks, *options)
+        out, lse = _forward(q, k, v, cu_seqlens, None, sinks, *options)
         _save(ctx, (q, k, v, out, lse, cu_seqlens, sinks), options)
         return out, lse
 

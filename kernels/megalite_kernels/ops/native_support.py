@@ -28,10 +28,10 @@ def native_activation_supports(*args: Any) -> str | None:
 
 
 def native_attention_supports(
-    q: Any, k: Any, v: Any, cu_seqlens: Any, sinks: Any, *options: Any
+    q: Any, k: Any, v: Any, cu_seqlens: Any, cu_seqlens_k: Any, sinks: Any, *options: Any
 ) -> str | None:
-    """As `native_supports`, for `attention_fwd`; options are causal, window, softcap, scale."""
-    if options[2] or sinks is not None:
+    """As `native_supports`, for `attention_fwd`; options are causal, window, offset, max_seqlen, softcap, scale."""
+    if options[4] or sinks is not None:
         return "has no softcap and no sinks"
     return native_supports(q, k, v)
 

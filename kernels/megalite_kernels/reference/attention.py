@@ -15,15 +15,18 @@ from torch import Tensor
 from megalite_kernels.reference.common import widen
 
 
-def visible(rows: int, columns: int, causal: bool, window: int, device: torch.device) -> Tensor | None:
+def visible(
+    rows: int, columns: int, causal: bool, window: int, device: torch.device, offset: int = 0
+) -> Tensor | None:
     """Boolean [rows, columns] of what each query may see, or None when it sees everything.
 
-    Queries are the last `rows` of `columns` positions (bottom-right aligned), as with a key/value cache. A
-    window of w lets a query see itself and the w - 1 tokens before it (and, when not causal, after it).
+    Query i stands at key position i + columns - rows + offset: with offset 0 the queries are the last `rows` of
+    `columns` positions (bottom-right aligned), as with a key/value cache. A window of w lets a query see itself
+    and the w - 1 tokens before it (and, when not causal, after it).
     """
-    if not causal and (window <= 0 or window >= max(rows, columns)):
+    if not causal and window <= 0:
         return None
-    query = torch.arange(columns - rows, columns, device=device).unsqueeze(1)
+    query = torch.arange(rows, device=device).unsqueeze(1) + (columns - rows + offset)
     key = torch.arange(columns, device=device)
     mask = key <= query if causal else torch.ones(rows, columns, dtype=torch.bool, device=device)
     if window > 0:
@@ -32,28 +35,38 @@ def visible(rows: int, columns: int, causal: bool, window: int, device: torch.de
 
 
 class Options(NamedTuple):
-    """What every form takes; window 0 and softcap 0 mean none."""
+    """What every form takes, in the order of the op's schema; window 0 and softcap 0 mean none."""
 
     causal: bool
     window: int
+    offset: int
+    max_seqlen: int
+    """For kernels that must not read cu_seqlens; nothing here needs it."""
     softcap: float
     scale: float
 
 
+class Bounds(NamedTuple):
+    """Where packed documents start, of the queries and (None: the same) of the keys."""
+
+    queries: Tensor | None
+    keys: Tensor | None = None
+
+
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, sinks: Tensor | None, options: Options
+    q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, sinks: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
     """(out like q, lse): q [B, S, N, D] gives lse [B, N, S]; packed q [T, N, D] gives lse [N, T].
 
     A query that sees no key gives zeros and an lse of -inf. `sinks` [N] are logits that take probability and
     give no value.
     """
-    if cu_seqlens is None:
+    if bounds.queries is None:
         return _dense_forward(q, k, v, sinks, options)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=widen(q[:0]).dtype, device=q.device)
-    for part in segments(cu_seqlens, q.shape[0]):
-        one_out, one_lse = _dense_forward(q[None, part], k[None, part], v[None, part], sinks, options)
+    for part, keys in documents(bounds, q.shape[0], k.shape[0]):
+        one_out, one_lse = _dense_forward(q[None, part], k[None, keys], v[None, keys], sinks, options)
         out[part], lse[:, part] = one_out[0], one_lse[0]
     return out, lse
 
@@ -66,34 +79,44 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    cu_seqlens: Tensor | None,
+    bounds: Bounds,
     sinks: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dsinks); dsinks is empty without sinks. Arguments and shapes as in `forward`."""
-    if cu_seqlens is None:
+    if bounds.queries is None:
         return _dense_backward(dout, dlse, q, k, v, out, lse, sinks, options)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    dsinks = torch.zeros(0 if sinks is None else sinks.shape[0], dtype=q.dtype, device=q.device)
-    if sinks is not None:
-        dsinks = torch.zeros_like(sinks)
-    for part in segments(cu_seqlens, q.shape[0]):
+    dsinks = q.new_zeros(0) if sinks is None else torch.zeros_like(sinks)
+    for part, keys in documents(bounds, q.shape[0], k.shape[0]):
         inputs = (dout[None, part], None if dlse is None else dlse[None, :, part])
-        tensors = (q[None, part], k[None, part], v[None, part], out[None, part], lse[None, :, part])
+        tensors = (q[None, part], k[None, keys], v[None, keys], out[None, part], lse[None, :, part])
         grads = _dense_backward(*inputs, *tensors, sinks, options)
-        dq[part], dk[part], dv[part] = grads[0][0], grads[1][0], grads[2][0]
+        dq[part], dk[keys], dv[keys] = grads[0][0], grads[1][0], grads[2][0]
         dsinks = dsinks + grads[3]
     return dq, dk, dv, dsinks
 
 
-def segments(cu_seqlens: Tensor, tokens: int) -> list[slice]:
-    """The token range of every document that has tokens; reads cu_seqlens on the host."""
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in itertools.pairwise(bounds)):
+def documents(bounds: Bounds, tokens: int, key_tokens: int) -> list[tuple[slice, slice]]:
+    """The ranges of query and key tokens of every document that has any; reads the bounds on the host."""
+    if bounds.queries is None:
+        raise ValueError("cu_seqlens is None: pass where the documents start")
+    queries = _ranges(bounds.queries, tokens, "cu_seqlens", "q")
+    if bounds.keys is None:
+        keys = queries
+    else:
+        keys = _ranges(bounds.keys, key_tokens, "cu_seqlens_k", "k")
+    pairs = zip(queries, keys, strict=True)
+    return [(part, other) for part, other in pairs if part.stop > part.start or other.stop > other.start]
+
+
+def _ranges(cu_seqlens: Tensor, tokens: int, name: str, of: str) -> list[slice]:
+    places = cu_seqlens.tolist()
+    if places[0] != 0 or places[-1] != tokens or any(a > b for a, b in itertools.pairwise(places)):
         raise ValueError(
-            f"cu_seqlens goes from {bounds[0]} to {bounds[-1]}: must rise from 0 to the {tokens} tokens of q"
+            f"{name} goes from {places[0]} to {places[-1]}: must rise from 0 to the {tokens} tokens of {of}"
         )
-    return [slice(start, stop) for start, stop in itertools.pairwise(bounds) if stop > start]
+    return [slice(start, stop) for start, stop in itertools.pairwise(places)]
 
 
 def _dense_forward(
@@ -150,7 +173,7 @@ def _scores(q: Tensor, k: Tensor, options: Options) -> Tensor:
     scores = (_per_head(q, heads) * options.scale) @ _per_head(k, heads).transpose(-1, -2)
     if options.softcap:
         scores = options.softcap * torch.tanh(scores / options.softcap)
-    mask = visible(q.shape[1], k.shape[1], options.causal, options.window, q.device)
+    mask = visible(q.shape[1], k.shape[1], options.causal, options.window, q.device, options.offset)
     return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
 
 
