@@ -11,17 +11,19 @@ from megalite_kernels.ops.activation import geglu, gelu, relu_squared, swiglu
 from megalite_kernels.ops.adamw import adamw_
 from megalite_kernels.ops.attention import attention
 from megalite_kernels.ops.cross_entropy import cross_entropy
+from megalite_kernels.ops.embedding import embedding
 from megalite_kernels.ops.grad_norm import grad_norm
 from megalite_kernels.ops.layer_norm import layer_norm
 from megalite_kernels.ops.linear import linear
 from megalite_kernels.ops.linear_cross_entropy import linear_cross_entropy
 from megalite_kernels.ops.rms_norm import rms_norm
-from megalite_kernels.ops.rope import rope
+from megalite_kernels.ops.rope import rope, rope_
 
 __all__ = [
     "adamw_",
     "attention",
     "cross_entropy",
+    "embedding",
     "explain",
     "geglu",
     "gelu",
@@ -32,6 +34,7 @@ __all__ = [
     "relu_squared",
     "rms_norm",
     "rope",
+    "rope_",
     "swiglu",
     "use_backend",
 ]

@@ -67,6 +67,13 @@ CONTRACTS: dict[str, Contract] = {
             "relu_squared", _REFERENCE + "activation", forward_bytes=_row_wise(2), backward_bytes=_row_wise(3)
         ),
         Contract("rope", _REFERENCE + "rope", forward_bytes=_row_wise(2), backward_bytes=_row_wise(2)),
+        Contract("rope_", _REFERENCE + "rope", forward_bytes=_row_wise(2), backward_bytes=_row_wise(2)),
+        Contract(
+            "embedding",
+            _REFERENCE + "embedding",
+            forward_bytes=_row_wise(2),  # of [tokens, H]: the tokens' rows in, y out
+            backward_bytes=_row_wise(1),  # dy in; dweight, [V, H], comes on top
+        ),
         Contract(
             "cross_entropy",
             _REFERENCE + "cross_entropy",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import pytest
@@ -63,6 +64,89 @@ def test_a_skipped_step_changes_no_bit(value: float, dtype: torch.dtype, backend
         assert torch.equal(old.view(torch.uint8), new.view(torch.uint8))
 
 
+def stochastic_buffers(size: int) -> list[Any]:
+    return [random(size).bfloat16(), None, torch.zeros(size), torch.zeros(size)]
+
+
+def round_like_the_docstring(x: float, index: int, seed: int, step: int) -> int:
+    """The bf16 pattern that stochastic rounding of a finite x gives, in Python integers."""
+    word = 2**32
+
+    def mix(h: int) -> int:
+        h = (h ^ (h >> 16)) * 0x7FEB352D % word
+        h = (h ^ (h >> 15)) * 0x846CA68B % word
+        return h ^ (h >> 16)
+
+    key = mix((seed + 0x9E3779B9) % word)
+    for part in (seed // word, step, step // word):
+        key = mix((key + part) % word)
+    inner = mix((key + index // word) % word)
+    bits = mix((mix((index % word) ^ inner) + inner) % word) >> 16
+    return (int.from_bytes(struct.pack("<f", x), "little") + bits) >> 16
+
+
+@pytest.mark.parametrize("backend", ["reference"])
+@pytest.mark.parametrize("size", [1, 7, 64, 1001])
+@pytest.mark.parametrize(("seed", "step"), [(0, 1), (2**40 + 17, 3), (-5, 2**33 + 1)])
+def test_stochastic_rounding_takes_the_bits_of_the_hash(
+    size: int, seed: int, step: int, backend: str
+) -> None:
+    """With a learning rate of 0 the parameters stay; with a tiny one the expected pattern is computed here."""
+    params, _, *moments = stochastic_buffers(size)
+    before, grads = params.float(), random(size, seed=1)
+    values = {**scalars(step, lr=1e-4), "step": torch.tensor(step, dtype=torch.int64)}
+    wide = [before.clone(), before.clone(), *(m.clone() for m in moments)]
+    with mk.use_backend(backend):
+        mk.adamw_(*wide, grads, **SETTINGS, **values)
+        mk.adamw_(params, None, *moments, grads, **SETTINGS, **values, seed=torch.tensor(seed))
+    expected = [round_like_the_docstring(x, i, seed, step) for i, x in enumerate(wide[1].tolist())]
+    assert (params.view(torch.int16).long() & 0xFFFF).tolist() == expected
+    assert torch.equal(moments[0], wide[2])
+    assert torch.equal(moments[1], wide[3])
+
+
+@pytest.mark.parametrize("backend", ["reference"])
+def test_stochastic_rounding_keeps_small_updates_on_average(backend: str) -> None:
+    """1 - 1e-3, a quarter of the spacing below 1, 64 times: plain rounding would stay at 1."""
+    size = 20_000
+    params = torch.ones(size, dtype=torch.bfloat16)
+    moments, grads = (torch.zeros(size), torch.zeros(size)), torch.ones(size)
+    with mk.use_backend(backend):
+        for step in range(1, 65):
+            mk.adamw_(
+                params, None, *moments, grads, beta1=0.0, beta2=0.0, eps=0.0, weight_decay=0.0,
+                **scalars(step, lr=1e-3), seed=torch.tensor(7),
+            )  # fmt: skip
+    # Each step adds a variance below 1e-3 * 2^-8 (spacing 2^-8 in [0.5, 1)); the mean of 20,000 has 4e-6 of deviation.
+    assert abs(float(params.double().mean()) - (1 - 64e-3)) < 5 * 64**0.5 * (1e-3 * 2**-8 / size) ** 0.5
+    assert 0.001 < float(params.double().std()) < 0.03
+
+
+@pytest.mark.parametrize("backend", ["reference"])
+def test_stochastic_rounding_of_the_extremes(backend: str) -> None:
+    """NaN stays NaN, infinities stay, and what bf16 holds exactly is not moved."""
+    params = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1.5, 2**-133, 3.3895e38]).bfloat16()
+    before, zeros = params.clone(), torch.zeros(8)
+    options = {**SETTINGS, "weight_decay": 0.0}
+    with mk.use_backend(backend):
+        mk.adamw_(
+            params, None, zeros.clone(), zeros.clone(), zeros, **options, **scalars(1), seed=torch.tensor(1)
+        )
+    assert torch.isnan(params[0])
+    assert torch.equal(params[1:], before[1:])
+
+
+@pytest.mark.parametrize("backend", ["reference"])
+@pytest.mark.parametrize("value", [torch.nan, 1.0])
+def test_a_skipped_stochastic_step_changes_no_bit(value: float, backend: str) -> None:
+    params, _, *moments = stochastic_buffers(100)
+    before = [t.clone() for t in (params, *moments)]
+    grads = torch.full((100,), value)
+    with mk.use_backend(backend):
+        mk.adamw_(params, None, *moments, grads, **SETTINGS, **scalars(1, skip=True), seed=torch.tensor(1))
+    assert all(torch.equal(a, b) for a, b in zip(before, (params, *moments), strict=True))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_master_may_be_the_parameters(backend: str) -> None:
     params, master, exp_avg, exp_avg_sq = buffers(50, torch.float32)
@@ -105,3 +189,11 @@ def test_errors_name_value_and_limit() -> None:
         mk.adamw_(*state, grads, **{**SETTINGS, "weight_decay": -0.1}, **scalars(1))
     with pytest.raises(ValueError, match=r"lr has shape \[1\], but a 0-dim tensor on the device needs \[\]"):
         mk.adamw_(*state, grads, **SETTINGS, **{**scalars(1), "lr": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"pass a master, or a seed for stochastic rounding, not both"):
+        mk.adamw_(*state, grads, **SETTINGS, **scalars(1), seed=torch.tensor(1))
+    with pytest.raises(ValueError, match=r"pass a master, or a seed for stochastic rounding, not both"):
+        mk.adamw_(state[0], None, *state[2:], grads, **SETTINGS, **scalars(1))
+    with pytest.raises(ValueError, match=r"params has dtype torch.float32: stochastic rounding"):
+        mk.adamw_(state[1], None, *state[2:], grads, **SETTINGS, **scalars(1), seed=torch.tensor(1))
+    with pytest.raises(ValueError, match=r"seed has dtype torch.int32: pass a 0-dim int64 tensor"):
+        mk.adamw_(state[0], None, *state[2:], grads, **SETTINGS, **scalars(1), seed=torch.tensor(1).int())

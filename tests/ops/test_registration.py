@@ -17,6 +17,7 @@ from tests.ops.catalogue import random
 X, WEIGHT, TABLE = random(6, 16), random(16, seed=1), random(6, 4, seed=2)
 Q, KV = random(6, 4, 8), random(6, 2, 8, seed=1)
 TARGET = torch.tensor([0, 3, -100, 15, 2, 1])
+IDS = torch.tensor([0, 3, 8, 3, 2, 0])
 LOSS = (-100, 0.1, 0.01, 3.0)
 BOUNDS = torch.tensor([0, 2, 6], dtype=torch.int32)
 ATTENTION = (BOUNDS, None, None, True, 3, 0, 4, 0.0, 0.35)
@@ -35,6 +36,13 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "glu_pair_fwd": (X, X, "gelu_tanh"),
     "glu_pair_bwd": (X, X, X, "silu"),
     "rope_fwd": (Q, KV, TABLE, TABLE, True, False),
+    "rope_": (Q.clone(), KV.clone(), TABLE, TABLE, False, False),
+    "rope_norm_fwd": (Q, KV, WEIGHT[:8].clone(), WEIGHT[8:].clone(), TABLE, TABLE, 1e-6, True),
+    "rope_norm_bwd": (
+        Q, KV, Q, KV, WEIGHT[:8].clone(), WEIGHT[8:].clone(), torch.ones(24), torch.ones(12), TABLE, TABLE, False
+    ),
+    "embedding_bwd": (X, IDS, 9),
+    "embedding_bwd_": (X, IDS, torch.zeros(9, 16)),
     "cross_entropy_fwd": (X, TARGET, *LOSS),
     "cross_entropy_bwd": (torch.ones(6), X, TARGET, torch.ones(6), *LOSS),
     "cross_entropy_grad_": (X.clone(), TARGET, torch.ones(()), *LOSS),
@@ -46,6 +54,10 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "adamw_": (
         *(random(8, seed=i).abs() for i in range(5)), torch.tensor(1e-3), 0.9, 0.95, 1e-8, 0.1, torch.tensor(1),
         torch.tensor(1.0), torch.tensor(False),
+    ),
+    "adamw_stochastic_": (
+        random(8).bfloat16(), *(random(8, seed=i).abs() for i in range(1, 4)), torch.tensor(1e-3), 0.9, 0.95, 1e-8,
+        0.1, torch.tensor(1), torch.tensor(1.0), torch.tensor(False), torch.tensor(5),
     ),
     "grad_norm": ([X.flatten(), WEIGHT],),
 }  # fmt: skip
@@ -85,6 +97,10 @@ def _rope(q: Tensor, k: Tensor, q_norm: Tensor, k_norm: Tensor) -> Any:
     return mk.rope(q, k, TABLE.cos(), TABLE.sin(), q_norm=q_norm, k_norm=k_norm)
 
 
+def _rope_(q: Tensor, k: Tensor) -> Any:
+    return mk.rope_(q * 2, k * 2, TABLE.cos(), TABLE.sin())
+
+
 # torch 2.13 cannot trace an autograd.Function that gets one tensor twice, so all inputs are different ones.
 COMPILED: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
     "rms_norm": (mk.rms_norm, [X, WEIGHT]),
@@ -94,6 +110,8 @@ COMPILED: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
     "geglu": (mk.geglu, [X, X]),
     "gelu": (mk.gelu, [X]),
     "relu_squared": (mk.relu_squared, [X]),
+    "rope_": (_rope_, [Q, KV]),
+    "embedding": (lambda w: mk.embedding(IDS, w), [random(9, 16)]),
     "rope": (_rope, [Q, KV, WEIGHT[:8], WEIGHT[8:]]),
     "attention": (_attention, [Q, KV, KV + 1]),
     "cross_entropy": (lambda x: mk.cross_entropy(x, TARGET), [X]),
@@ -165,6 +183,7 @@ def test_the_backend_switches_without_recompiling() -> None:
 
 
 ACCUMULATING: dict[str, Callable[..., Any]] = {
+    "embedding": lambda x, w, main_grad: mk.embedding(IDS, w, main_grad=main_grad) * x,
     "linear": lambda x, w, main_grad: mk.linear(x, w, main_grad=main_grad),
     "linear_cross_entropy": lambda x, w, main_grad: mk.linear_cross_entropy(
         x, w, TARGET, main_grad=main_grad

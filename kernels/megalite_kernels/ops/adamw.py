@@ -14,7 +14,7 @@ from megalite_kernels.reference import adamw as reference
 
 def adamw_(
     params: Tensor,
-    master: Tensor,
+    master: Tensor | None,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     grads: Tensor,
@@ -27,6 +27,7 @@ def adamw_(
     step: Tensor,
     clip_coefficient: Tensor,
     skip: Tensor,
+    seed: Tensor | None = None,
 ) -> None:
     """One AdamW update of every element of flat buffers, in one pass, written in place.
 
@@ -34,29 +35,26 @@ def adamw_(
     `master = master (1 - lr wd) - lr / (1 - b1^step) * m / (sqrt(v / (1 - b2^step)) + eps)`, and params gets
     master rounded to its dtype. Where `skip` is true no buffer changes a bit, whatever grads hold.
 
+    Without master, bf16 params are updated themselves and rounded up or down at random, with expectation equal to
+    the unrounded value: plain rounding would lose every update below 1/256 of its parameter. The random bits
+    depend on (seed, step, index in the buffer) alone and are the same on every backend.
+
     Args:
         params: [n], any float dtype: what the model computes with.
-        master, exp_avg, exp_avg_sq, grads: [n] fp32. `master` may be `params` itself when that is fp32.
+        master, exp_avg, exp_avg_sq, grads: [n] fp32. `master` may be `params` itself when that is fp32, or None.
         lr, clip_coefficient: 0-dim tensors on the device (no host round trip, no recompilation).
         step: 0-dim, number of this update, from 1.
         skip: 0-dim bool.
+        seed: 0-dim int64 on the device, with master=None only; a different one for each buffer.
 
     Raises:
-        ValueError: shapes, dtypes, devices or a coefficient is out of its range.
+        ValueError: shapes, dtypes, devices or a coefficient is out of its range, or seed comes with a master.
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019.
     """
-    checks.require_float(params=params)
-    for name, buffer in (
-        ("params", params), ("master", master), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("grads", grads)
-    ):  # fmt: skip
-        checks.require_shape(buffer, (params.numel(),), name, "a flat buffer like params")
-        checks.require_same_device(buffer, params, name, "params")
-        if not buffer.is_contiguous():
-            raise ValueError(f"{name} has stride {buffer.stride()}: pass a contiguous flat buffer")
-        if buffer is not params and buffer.dtype != torch.float32:
-            raise ValueError(f"{name} has dtype {buffer.dtype}: optimizer state and gradients are fp32")
-    for name, scalar in (("lr", lr), ("step", step), ("clip_coefficient", clip_coefficient), ("skip", skip)):
+    _check_buffers(params, {"master": master, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "grads": grads})
+    scalars = {"lr": lr, "step": step, "clip_coefficient": clip_coefficient, "skip": skip}
+    for name, scalar in (scalars if seed is None else {**scalars, "seed": seed}).items():
         checks.require_shape(scalar, (), name, "a 0-dim tensor on the device")
         checks.require_same_device(scalar, params, name, "params")
     for name, value in (("beta1", beta1), ("beta2", beta2)):
@@ -64,9 +62,35 @@ def adamw_(
             raise ValueError(f"{name}={value} must be at least 0 and less than 1")
     checks.require_range(eps, "eps")
     checks.require_range(weight_decay, "weight_decay")
-    _step_(
-        params, master, exp_avg, exp_avg_sq, grads, lr, beta1, beta2, eps, weight_decay, step, clip_coefficient, skip
-    )  # fmt: skip
+    options = (lr, beta1, beta2, eps, weight_decay, step, clip_coefficient, skip)
+    if (master is None) != (seed is not None):
+        raise ValueError(
+            "seed is for master=None: pass a master, or a seed for stochastic rounding, not both"
+        )
+    if master is not None:
+        _step_(params, master, exp_avg, exp_avg_sq, grads, *options)
+        return
+    if params.dtype != torch.bfloat16:
+        raise ValueError(
+            f"params has dtype {params.dtype}: stochastic rounding, without master, is for bfloat16"
+        )
+    assert seed is not None
+    if seed.dtype != torch.int64:
+        raise ValueError(f"seed has dtype {seed.dtype}: pass a 0-dim int64 tensor")
+    _stochastic_step_(params, exp_avg, exp_avg_sq, grads, *options, seed)
+
+
+def _check_buffers(params: Tensor, state: dict[str, Tensor | None]) -> None:
+    checks.require_float(params=params)
+    for name, buffer in {"params": params, **state}.items():
+        if buffer is None:
+            continue
+        checks.require_shape(buffer, (params.numel(),), name, "a flat buffer like params")
+        checks.require_same_device(buffer, params, name, "params")
+        if not buffer.is_contiguous():
+            raise ValueError(f"{name} has stride {buffer.stride()}: pass a contiguous flat buffer")
+        if buffer is not params and buffer.dtype != torch.float32:
+            raise ValueError(f"{name} has dtype {buffer.dtype}: optimizer state and gradients are fp32")
 
 
 _step_ = define(
@@ -75,7 +99,14 @@ _step_ = define(
     "Tensor skip) -> ()",
     fake=lambda *args: None,
 )
+_stochastic_step_ = define(
+    "adamw_stochastic_(Tensor(a!) params, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor grads, Tensor lr, "
+    "float beta1, float beta2, float eps, float weight_decay, Tensor step, Tensor clip_coefficient, Tensor skip, "
+    "Tensor seed) -> ()",
+    fake=lambda *args: None,
+)
 register("adamw_", "reference", reference.step_)
+register("adamw_stochastic_", "reference", reference.stochastic_step_)
 register_lazy(
     "adamw_", "cpu", "megalite_kernels.native.adamw:step_", requires=NATIVE, supports=native_supports
 )

@@ -1,4 +1,4 @@
-"""Rotary position embedding of queries and keys in one call, with optional RMSNorm of each head before it."""
+"""Rotary position embedding of queries and keys in one call: alone, in place, or after an RMSNorm of each head."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megalite_kernels._library import define
 from megalite_kernels.backend import register, register_lazy
 from megalite_kernels.ops import checks
 from megalite_kernels.ops.native_support import NATIVE, native_supports
-from megalite_kernels.ops.rms_norm import rms_norm
+from megalite_kernels.ops.rms_norm import row_statistic
 from megalite_kernels.reference import rope as reference
 
 
@@ -46,17 +46,56 @@ def rope(
         Rotated q and k, new contiguous tensors of the same shapes.
 
     Raises:
-        ValueError: shapes, dtypes or devices don't fit together.
+        ValueError: shapes, dtypes or devices don't fit together, or norm_eps is negative.
 
-    Saved: cos and sin (and what `rms_norm` saves, with the norms).
+    Saved: cos and sin; with the norms also q, k, their weights, and one float32 per head.
     Source: Su et al., "RoFormer", 2021.
     """
     _check(q, k, cos, sin, rotary_dim)
     if (q_norm is None) != (k_norm is None):
         raise ValueError("q_norm and k_norm must be given together: pass both or neither")
-    if q_norm is not None and k_norm is not None:
-        q, k = rms_norm(q, q_norm, norm_eps), rms_norm(k, k_norm, norm_eps)
-    return _Rope.apply(q, k, cos, sin, interleaved)
+    if q_norm is None or k_norm is None:
+        return _Rope.apply(q, k, cos, sin, interleaved)
+    checks.require_range(norm_eps, "norm_eps")
+    for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)):
+        checks.require_float(**{name: weight})
+        checks.require_shape(weight, (q.shape[-1],), name, f"heads of {q.shape[-1]} features")
+        checks.require_same_device(weight, q, name, "q")
+    return _RopeNorm.apply(q, k, q_norm.contiguous(), k_norm.contiguous(), cos, sin, norm_eps, interleaved)
+
+
+def rope_(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    interleaved: bool = False,
+    rotary_dim: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`rope` written over q and k, which saves their copies: for fresh outputs of a projection.
+
+    Nothing else may need the old values. The product that made q and k does not, so its outputs, or slices of
+    them such as `qkv[..., :heads, :]`, are fine; `split` and `chunk` make views that torch refuses to overwrite.
+
+    Args:
+        q, k, cos, sin, interleaved, rotary_dim: as in `rope`.
+
+    Returns:
+        q and k themselves.
+
+    Raises:
+        ValueError: shapes, dtypes or devices don't fit together.
+
+    Saved: cos and sin.
+    Source: Su et al., "RoFormer", 2021.
+    """
+    _check(q, k, cos, sin, rotary_dim)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        # One at a time: torch takes one output of a Function that overwrites views, and these may share a base.
+        return _RopeInPlace.apply(q, cos, sin, interleaved), _RopeInPlace.apply(k, cos, sin, interleaved)
+    _forward_(q, k, cos, sin, interleaved, False)
+    return q, k
 
 
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int | None) -> None:
@@ -84,11 +123,45 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int | Non
         )
 
 
+def _fake_norm_forward(
+    q: Tensor, k: Tensor, q_norm: Tensor, k_norm: Tensor, cos: Tensor, sin: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), row_statistic(q), row_statistic(k)
+
+
+def _fake_norm_backward(
+    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, q_norm: Tensor, k_norm: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        q_norm.new_empty(q_norm.shape),
+        k_norm.new_empty(k_norm.shape),
+    )
+
+
 _forward = define(
     "rope_fwd(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> (Tensor, Tensor)",
     fake=lambda q, k, cos, sin, interleaved, inverse: (q.new_empty(q.shape), k.new_empty(k.shape)),
 )
+_forward_ = define(
+    "rope_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> ()",
+    fake=lambda q, k, cos, sin, interleaved, inverse: None,
+)
+_norm_forward = define(
+    "rope_norm_fwd(Tensor q, Tensor k, Tensor q_norm, Tensor k_norm, Tensor cos, Tensor sin, float eps, "
+    "bool interleaved) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_norm_forward,
+)
+_norm_backward = define(
+    "rope_norm_bwd(Tensor dq_out, Tensor dk_out, Tensor q, Tensor k, Tensor q_norm, Tensor k_norm, "
+    "Tensor q_rstd, Tensor k_rstd, Tensor cos, Tensor sin, bool interleaved) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_norm_backward,
+)
 register("rope_fwd", "reference", reference.forward)
+register("rope_", "reference", reference.forward_)
+register("rope_norm_fwd", "reference", reference.norm_forward)
+register("rope_norm_bwd", "reference", reference.norm_backward)
 register_lazy(
     "rope_fwd", "cpu", "megalite_kernels.native.rope:forward", requires=NATIVE, supports=native_supports
 )
@@ -107,3 +180,46 @@ class _Rope(torch.autograd.Function):
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         return *_forward(dq, dk, cos, sin, ctx.interleaved, True), None, None, None
+
+
+class _RopeInPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        _forward_(x, _no_heads(x), cos, sin, interleaved, False)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _forward(dx, _no_heads(dx), cos, sin, ctx.interleaved, True)[0], None, None, None
+
+
+def _no_heads(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-2], 0, x.shape[-1]))
+
+
+class _RopeNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        q_norm: Tensor,
+        k_norm: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        eps: float,
+        interleaved: bool,
+    ) -> tuple[Tensor, Tensor]:
+        q_out, k_out, *statistics = _norm_forward(q, k, q_norm, k_norm, cos, sin, eps, interleaved)
+        ctx.save_for_backward(q, k, q_norm, k_norm, *statistics, cos, sin)
+        ctx.interleaved = interleaved
+        return q_out, k_out
+
+    @staticmethod
+    def backward(ctx: Any, dq_out: Tensor, dk_out: Tensor) -> tuple[Tensor | None, ...]:
+        grads = _norm_backward(dq_out, dk_out, *ctx.saved_tensors, ctx.interleaved)
+        return *grads, None, None, None, None
