@@ -40,12 +40,18 @@ pretrain: ## train a small base model on real text; the last line is its result 
 .PHONY: test
 test: ## run every test that needs no GPU and little time
 	@scripts/bootstrap.sh test
-	@$(PYTEST) -m "not slow and not gpu" $(ARGS)
+	@$(PYTEST) -m "not slow and not gpu" --ignore tests/triton_gate $(ARGS)
+
+.PHONY: test-triton
+test-triton: ## interpret the Triton kernels on the CPU, and compile them for the GPUs of the gate
+	@scripts/bootstrap.sh test triton
+	@TRITON_INTERPRET=1 $(PYTEST) tests/triton $(ARGS)
+	@$(PYTEST) tests/triton_gate $(ARGS)
 
 .PHONY: test-slow
 test-slow: ## run the slow tests too
 	@scripts/bootstrap.sh test
-	@$(PYTEST) -m "not gpu" $(ARGS)
+	@$(PYTEST) -m "not gpu" --ignore tests/triton_gate $(ARGS)
 
 .PHONY: bench
 bench: setup ## measure training throughput on this machine
