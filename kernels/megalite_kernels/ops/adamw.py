@@ -54,9 +54,7 @@ def adamw_(
     """
     _check_buffers(params, {"master": master, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "grads": grads})
     scalars = {"lr": lr, "step": step, "clip_coefficient": clip_coefficient, "skip": skip}
-    for name, scalar in (scalars if seed is None else {**scalars, "seed": seed}).items():
-        checks.require_shape(scalar, (), name, "a 0-dim tensor on the device")
-        checks.require_same_device(scalar, params, name, "params")
+    _check_scalars(params, scalars if seed is None else {**scalars, "seed": seed})
     for name, value in (("beta1", beta1), ("beta2", beta2)):
         if not 0.0 <= value < 1.0:
             raise ValueError(f"{name}={value} must be at least 0 and less than 1")
@@ -67,17 +65,22 @@ def adamw_(
         raise ValueError(
             "seed is for master=None: pass a master, or a seed for stochastic rounding, not both"
         )
-    if master is not None:
+    if seed is None:
         _step_(params, master, exp_avg, exp_avg_sq, grads, *options)
         return
     if params.dtype != torch.bfloat16:
         raise ValueError(
             f"params has dtype {params.dtype}: stochastic rounding, without master, is for bfloat16"
         )
-    assert seed is not None
     if seed.dtype != torch.int64:
         raise ValueError(f"seed has dtype {seed.dtype}: pass a 0-dim int64 tensor")
     _stochastic_step_(params, exp_avg, exp_avg_sq, grads, *options, seed)
+
+
+def _check_scalars(params: Tensor, scalars: dict[str, Tensor]) -> None:
+    for name, scalar in scalars.items():
+        checks.require_shape(scalar, (), name, "a 0-dim tensor on the device")
+        checks.require_same_device(scalar, params, name, "params")
 
 
 def _check_buffers(params: Tensor, state: dict[str, Tensor | None]) -> None:
