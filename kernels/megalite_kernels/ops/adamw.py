@@ -55,11 +55,7 @@ def adamw_(
     _check_buffers(params, {"master": master, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "grads": grads})
     scalars = {"lr": lr, "step": step, "clip_coefficient": clip_coefficient, "skip": skip}
     _check_scalars(params, scalars if seed is None else {**scalars, "seed": seed})
-    for name, value in (("beta1", beta1), ("beta2", beta2)):
-        if not 0.0 <= value < 1.0:
-            raise ValueError(f"{name}={value} must be at least 0 and less than 1")
-    checks.require_range(eps, "eps")
-    checks.require_range(weight_decay, "weight_decay")
+    _check_coefficients(beta1, beta2, eps, weight_decay)
     options = (lr, beta1, beta2, eps, weight_decay, step, clip_coefficient, skip)
     if (master is None) != (seed is not None):
         raise ValueError(
@@ -81,6 +77,14 @@ def _check_scalars(params: Tensor, scalars: dict[str, Tensor]) -> None:
     for name, scalar in scalars.items():
         checks.require_shape(scalar, (), name, "a 0-dim tensor on the device")
         checks.require_same_device(scalar, params, name, "params")
+
+
+def _check_coefficients(beta1: float, beta2: float, eps: float, weight_decay: float) -> None:
+    for name, value in (("beta1", beta1), ("beta2", beta2)):
+        if not 0.0 <= value < 1.0:
+            raise ValueError(f"{name}={value} must be at least 0 and less than 1")
+    checks.require_range(eps, "eps")
+    checks.require_range(weight_decay, "weight_decay")
 
 
 def _check_buffers(params: Tensor, state: dict[str, Tensor | None]) -> None:
