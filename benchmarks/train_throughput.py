@@ -15,6 +15,8 @@ import shlex
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from megalite.data.tokenize import Tokenizer
 from megalite.models.presets import preset
 from megalite.parallel.mesh import close_mesh, make_mesh
 from megalite.train.run import run_facts
-from megalite.train.setup import build_session, prepare_process
+from megalite.train.setup import Session, build_session, prepare_process
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,12 +76,24 @@ def main() -> None:
 
 def measure(arguments: Arguments, folder: Path) -> dict[str, Any]:
     """Train for the given steps and summarise them."""
+    total = arguments.warmup + arguments.steps
+    with open_session(arguments, folder, total) as session:
+        trainer = session.trainer
+        for step in range(total):
+            result, _ = trainer.train_step(step, session.stop)
+            trainer.metrics.add(result)
+        records = trainer.metrics.flush()[arguments.warmup :]
+        facts = run_facts(session, shlex.join(["python", *sys.argv]), 0.0)
+    return summarise(records, facts, session.trainer.config) | {"warmup": arguments.warmup}
+
+
+@contextmanager
+def open_session(arguments: Arguments, folder: Path, steps: int) -> Iterator[Session]:
+    """A trainer of the preset on random tokens, ready for `steps` steps; closed at the end of the block."""
     model = preset(arguments.preset)
     vocab_size = model.vocab_size or arguments.vocab_size
     model = dataclasses.replace(model, vocab_size=vocab_size)
-    dataset = make_random_dataset(folder / "data", vocab_size, arguments)
-    total = arguments.warmup + arguments.steps
-    global_batch = arguments.global_batch_size or arguments.micro_batch_size
+    dataset = make_random_dataset(folder / "data", vocab_size, arguments, steps)
     config = RunConfig(
         name=arguments.preset,
         run_dir=str(folder / "run"),
@@ -87,30 +101,26 @@ def measure(arguments: Arguments, folder: Path) -> dict[str, Any]:
         model=model,
         data=DataConfig(datasets=(DatasetSpec(path=str(dataset)),)),
         train=TrainConfig(
-            steps=total,
+            steps=steps,
             seq_length=arguments.seq_length,
             micro_batch_size=arguments.micro_batch_size,
-            global_batch_size=global_batch,
+            global_batch_size=arguments.global_batch_size or arguments.micro_batch_size,
             precision=arguments.precision,  # type: ignore[arg-type]
             threads=arguments.threads,
-            log_interval=total + 1,
+            log_interval=steps + 1,
         ),
         eval=EvalConfig(interval=0),
     )
     mesh = make_mesh(config.parallel, config.train.device)
     prepare_process(config, mesh)
     session = build_session(config, mesh)
-    trainer = session.trainer
-    for step in range(total):
-        result, _ = trainer.train_step(step, session.stop)
-        trainer.metrics.add(result)
-    records = trainer.metrics.flush()[arguments.warmup :]
-    facts = run_facts(session, shlex.join(["python", *sys.argv]), 0.0)
-    trainer.loader.close()
-    trainer.tensorboard.close()
-    trainer.progress.close()
-    close_mesh(mesh)
-    return summarise(records, facts, config) | {"warmup": arguments.warmup}
+    try:
+        yield session
+    finally:
+        session.trainer.loader.close()
+        session.trainer.tensorboard.close()
+        session.trainer.progress.close()
+        close_mesh(mesh)
 
 
 def summarise(records: list[dict[str, Any]], facts: dict[str, Any], config: RunConfig) -> dict[str, Any]:
@@ -145,15 +155,13 @@ def summarise(records: list[dict[str, Any]], facts: dict[str, Any], config: RunC
     }
 
 
-def make_random_dataset(folder: Path, vocab_size: int, arguments: Arguments) -> Path:
+def make_random_dataset(folder: Path, vocab_size: int, arguments: Arguments, steps: int) -> Path:
     """A prepared dataset of uniformly random tokens, with a tokenizer of bytes only."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
     tokenizer = Tokenizer.train(["made up"], vocab_size=257)
     splits = {}
-    samples = (arguments.warmup + arguments.steps) * max(
-        arguments.global_batch_size, arguments.micro_batch_size
-    )
+    samples = steps * max(arguments.global_batch_size, arguments.micro_batch_size)
     for name, tokens in (("train", samples * arguments.seq_length), ("validation", 2000)):
         lengths = generator.geometric(
             1 / arguments.document_tokens, size=2 + tokens // arguments.document_tokens

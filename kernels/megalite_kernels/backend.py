@@ -52,7 +52,7 @@ class Implementation:
 
 _implementations: dict[str, dict[str, Implementation]] = {}
 # A plain value and no ContextVar: autograd's threads, which run the backwards, don't inherit a context.
-_forced: list[str] = []
+_forced: list[tuple[str, ...]] = []
 
 
 def register(
@@ -69,6 +69,11 @@ def register_lazy(
     _implementations.setdefault(op, {})[backend] = Implementation(target, requires, supports)
 
 
+def order(device: str) -> tuple[str, ...]:
+    """Backend names to try on a device type, best first: the forced ones, else `PREFERENCE`."""
+    return _forced[-1] if _forced else PREFERENCE.get(device, PREFERENCE["default"])
+
+
 def choose(op: str, device: str, args: tuple[Any, ...] | None = None) -> Callable[..., Any]:
     """The function that runs `op` for these arguments on a device type.
 
@@ -76,7 +81,7 @@ def choose(op: str, device: str, args: tuple[Any, ...] | None = None) -> Callabl
         ValueError: a backend is forced that this op lacks, that doesn't load, or doesn't take the arguments.
     """
     reasons: dict[str, str] = {}
-    for name in _forced[-1:] or PREFERENCE.get(device, PREFERENCE["default"]):
+    for name in order(device):
         function = _usable(op, name, args, reasons)
         if function is not None:
             return function
@@ -120,18 +125,20 @@ def dispatch(op: str) -> Callable[..., Any]:
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Run every op inside the `with` block on backend `name`, or raise where that is impossible.
+def use_backend(*names: str) -> Iterator[None]:
+    """Run every op inside the `with` block on backend `names[0]`, or the next name that can; else raise.
 
     Process-wide, so that backward passes on autograd's own threads follow it too.
 
     Raises:
-        ValueError: no op has a backend of this name.
+        ValueError: no name, or one that no op has a backend of.
     """
     known = sorted({backend for by_name in _implementations.values() for backend in by_name})
-    if name not in known:
-        raise ValueError(f"backend {name!r} is not known: use one of {', '.join(known)}")
-    _forced.append(name)
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        what = f"backend {unknown[0]!r} is not known" if unknown else "no backend is named"
+        raise ValueError(f"{what}: use one of {', '.join(known)}")
+    _forced.append(names)
     try:
         yield
     finally:
@@ -163,8 +170,7 @@ def explain(device: str = "cpu") -> Explanation:
     choices = []
     for op in sorted(_implementations):
         reasons: dict[str, str] = {}
-        names = _forced[-1:] or PREFERENCE.get(device, PREFERENCE["default"])
-        chosen = next((n for n in names if _usable(op, n, None, reasons) is not None), "none")
+        chosen = next((n for n in order(device) if _usable(op, n, None, reasons) is not None), "none")
         relevant = {n: why for n, why in reasons.items() if n in _implementations[op]}
         choices.append(Choice(op, chosen, relevant))
     return Explanation(choices)

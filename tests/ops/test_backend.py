@@ -45,6 +45,19 @@ def test_forcing_is_exact_and_ends_with_the_block(toy_op: str) -> None:
     assert run(toy_op) == "cpu"
 
 
+def test_several_names_are_tried_in_order(toy_op: str) -> None:
+    with mk.use_backend("sdpa", "cpu", "reference"):
+        assert run(toy_op) == "cpu"
+        assert run(toy_op, torch.float64) == "reference"
+    with (
+        mk.use_backend("sdpa", "cpu"),
+        pytest.raises(ValueError, match=r"absent_package.*cpu: not torch.float64"),
+    ):
+        run(toy_op, torch.float64)
+    with pytest.raises(ValueError, match="no backend is named: use one of"), mk.use_backend():
+        pass
+
+
 def test_forcing_reaches_other_threads(toy_op: str) -> None:
     results: list[object] = []
     with mk.use_backend("reference"):
