@@ -2,13 +2,67 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megalite_kernels.backend import use_backend
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """Distance of a result from the truth, and what is accepted."""
+
+    error: float
+    limit: float
+    plain: float
+    """Plain torch's own error in the same dtype."""
+    problem: str = ""
+    """Why no error could be measured: wrong shape or dtype, or not finite where the truth is."""
+
+    @property
+    def kept(self) -> bool:
+        """Whether the result is as accurate as promised."""
+        return not self.problem and self.error <= self.limit
+
+    def __str__(self) -> str:
+        if self.problem:
+            return self.problem
+        return f"error {self.error:.3e} is over {self.limit:.3e} (plain torch: {self.plain:.3e})"
+
+
+def accuracy(
+    got: Tensor,
+    same_dtype: Tensor,
+    truth: Tensor,
+    *,
+    factor: float = 2.0,
+    floor: float = 1.0,
+    magnitude: float = 0.0,
+) -> Accuracy:
+    """How near `got` is to the truth, and the limit by plain torch's error; arguments as below."""
+    if got.shape != truth.shape:
+        return _no_accuracy(f"shape {list(got.shape)}, expected {list(truth.shape)}")
+    if got.dtype != same_dtype.dtype:
+        return _no_accuracy(f"dtype {got.dtype}, expected {same_dtype.dtype}")
+    wide, truth = got.detach().double(), truth.detach().double()
+    finite = torch.isfinite(truth)
+    if not torch.equal(torch.isfinite(wide), finite):
+        return _no_accuracy("not finite where the truth is, or the reverse")
+    if not bool(finite.any()):
+        return Accuracy(0.0, 0.0, 0.0)
+    error = (wide - truth)[finite].abs().max().item()
+    theirs = (same_dtype.detach().double() - truth)[finite].abs().max().item()
+    size = max(truth[finite].abs().max().item(), magnitude)
+    return Accuracy(error, factor * theirs + floor * torch.finfo(got.dtype).eps * size, theirs)
+
+
+def _no_accuracy(problem: str) -> Accuracy:
+    return Accuracy(math.nan, math.nan, math.nan, problem)
 
 
 def assert_as_accurate(
@@ -39,18 +93,8 @@ def assert_as_accurate(
     Raises:
         AssertionError: says both errors and the limit.
     """
-    assert got.shape == truth.shape, f"{name}: shape {list(got.shape)}, expected {list(truth.shape)}"
-    assert got.dtype == same_dtype.dtype, f"{name}: dtype {got.dtype}, expected {same_dtype.dtype}"
-    wide, truth = got.detach().double(), truth.detach().double()
-    finite = torch.isfinite(truth)
-    assert torch.equal(torch.isfinite(wide), finite), f"{name}: not finite where the truth is, or the reverse"
-    if not bool(finite.any()):
-        return
-    error = (wide - truth)[finite].abs().max().item()
-    theirs = (same_dtype.detach().double() - truth)[finite].abs().max().item()
-    size = max(truth[finite].abs().max().item(), magnitude)
-    limit = factor * theirs + floor * torch.finfo(got.dtype).eps * size
-    assert error <= limit, f"{name}: error {error:.3e} is over {limit:.3e} (plain torch: {theirs:.3e})"
+    found = accuracy(got, same_dtype, truth, factor=factor, floor=floor, magnitude=magnitude)
+    assert found.kept, f"{name}: {found}"
 
 
 def results_and_grads(
@@ -71,9 +115,16 @@ def results_and_grads(
 def _run(function: Callable[..., Any], leaves: list[Tensor]) -> list[Tensor]:
     outputs = function(*leaves)
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
-    generator = torch.Generator().manual_seed(1234)
-    weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64).bfloat16() for o in outputs]
-    grad_outputs = [w.to(dtype=o.dtype, device=o.device) for w, o in zip(weights, outputs, strict=False)]
     floats = [x for x in leaves if x.is_floating_point()]
-    grads = torch.autograd.grad(outputs, floats, grad_outputs)
+    grads = torch.autograd.grad(outputs, floats, fixed_weights(outputs))
     return [o.detach() for o in outputs] + list(grads)
+
+
+def fixed_weights(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Random numbers to weight outputs by, the same on every device and in every dtype (exact in bf16)."""
+    generator = torch.Generator("cpu").manual_seed(1234)
+    weights = []
+    for out in outputs:
+        wide = torch.randn(out.shape, generator=generator, dtype=torch.float64, device="cpu")
+        weights.append(wide.bfloat16().to(dtype=out.dtype, device=out.device))
+    return weights

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import megalite_kernels as mk
+from megalite_kernels.cases import CASES
+from megalite_kernels.cases.checking import check_case, results
 from megalite_kernels.contract import CONTRACTS
 from megalite_kernels.nn import LayerNorm, LinearCrossEntropy, RMSNorm, SwiGLU
 from megalite_kernels.testing import assert_as_accurate
@@ -43,11 +45,34 @@ def test_loss_module() -> None:
     torch.testing.assert_close(head(x, target), expected)
 
 
-def test_every_public_op_has_a_contract() -> None:
+def test_every_public_op_has_a_contract_and_a_case() -> None:
     assert set(CONTRACTS) == set(mk.__all__) - {"use_backend", "explain"}
-    forward_bytes = CONTRACTS["rms_norm"].forward_bytes
-    assert forward_bytes is not None
-    assert forward_bytes(4096, 256, 2) == 2 * 4096 * 256 * 2
+    assert all(contract.cases for contract in CONTRACTS.values())
+    assert {case.op for case in CASES.values()} == set(CONTRACTS)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_case_keeps_its_contract(name: str) -> None:
+    case = CASES[name]
+    for dtype in case.dtypes:
+        found = check_case(case, dtype, backend="reference")
+        assert all(one.kept for one in found.values()), found
+        assert any(one.startswith("grad") for one in found) or not case.grads or case.written
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_case_counts_its_work(name: str) -> None:
+    """Bytes are at least those of inputs, outputs and gradients, each once, and at most 1.2 times those."""
+    case = CASES[name]
+    inputs = case.make(case.check, torch.Generator().manual_seed(0)).to(torch.float32)
+    work = case.work(case.check, 4)
+    assert work.forward_flops > 0
+    assert (work.backward_bytes > 0) == case.grads
+    if case.bound == "memory" and case.op != "embedding":  # that one reads the rows that it needs
+        outputs = [tensor for name, tensor in results(case, case.plain, inputs) if name.startswith("out")]
+        written = [inputs.all[place] for place in case.written]
+        moved = sum(x.numel() * x.element_size() for x in [*inputs.all, *outputs, *written])
+        assert 0.8 * moved <= work.forward_bytes <= 1.2 * moved, moved
 
 
 def test_accuracy_check_fails_on_wrong_numbers() -> None:
