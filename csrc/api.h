@@ -6,7 +6,7 @@
 
 namespace megalite {
 
-enum class DType : int { float32 = 0, bfloat16 = 1 };
+enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 enum class Activation : int { silu = 0, gelu_tanh = 1, relu2 = 2 };
 
 // The instruction set in use ("scalar", "avx2" or "avx512"): the best of this CPU, or what MEGALITE_ISA asks for.

@@ -1,4 +1,5 @@
-// What every CPU kernel file shares: bfloat16, the static partition over threads, and the choice of instruction set.
+// What every CPU kernel file shares: the 16-bit types, the static partition over threads, and the choice of instruction
+// set.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -30,6 +31,10 @@
 namespace megalite {
 
 struct bf16 {
+  uint16_t bits;
+};
+
+struct fp16 {
   uint16_t bits;
 };
 
@@ -92,13 +97,16 @@ class Partials {
 #endif
 
 // Runs `...` with T being the C++ type of a DType.
-#define MEGALITE_WITH_TYPE(dtype, ...) \
-  do {                                 \
-    if ((dtype) == DType::bfloat16) {  \
-      using T = bf16;                  \
-      __VA_ARGS__                      \
-    } else {                           \
-      using T = float;                 \
-      __VA_ARGS__                      \
-    }                                  \
+#define MEGALITE_WITH_TYPE(dtype, ...)      \
+  do {                                      \
+    if ((dtype) == DType::bfloat16) {       \
+      using T = bf16;                       \
+      __VA_ARGS__                           \
+    } else if ((dtype) == DType::float16) { \
+      using T = fp16;                       \
+      __VA_ARGS__                           \
+    } else {                                \
+      using T = float;                      \
+      __VA_ARGS__                           \
+    }                                       \
   } while (0)

@@ -11,7 +11,7 @@ namespace megalite::scalar {
 
 #if MEGALITE_X86
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 namespace megalite::avx2 {
 #define ISA_NAMESPACE avx2
 #define LANES 8
@@ -23,7 +23,7 @@ namespace megalite::avx2 {
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 namespace megalite::avx512 {
 #define ISA_NAMESPACE avx512
 #define LANES 16

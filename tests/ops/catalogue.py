@@ -16,7 +16,7 @@ NATIVE = importlib.util.find_spec("megalite_kernels._C") is not None
 needs_native = pytest.mark.skipif(not NATIVE, reason="megalite_kernels._C is not built")
 
 BACKENDS = [pytest.param("reference"), pytest.param("cpu", marks=needs_native)]
-DTYPES = [torch.bfloat16, torch.float32]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 def check(

@@ -49,16 +49,32 @@ def test_tanh_is_within_a_few_ulps() -> None:
     torch.testing.assert_close(native("vector_tanh", ends), ends.tanh(), equal_nan=True)
 
 
-def test_rounding_to_bfloat16_is_torchs() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_accuracy_is_torchs(dtype: torch.dtype) -> None:
     """An optimizer step of size 0 only rounds. Ties, subnormals, overflow and NaN are among random bits."""
     generator = torch.Generator().manual_seed(0)
-    bits = torch.randint(-(2**31), 2**31 - 1, (200_000,), generator=generator, dtype=torch.int64)
-    master = bits.to(torch.int32).view(torch.float32)
-    params, zeros = torch.zeros(200_000, dtype=torch.bfloat16), torch.zeros(200_000)
+    anything = torch.randint(0, 2**32, (100_000,), generator=generator)
+    exponents = torch.randint(127 - 27, 127 + 18, (100_000,), generator=generator)  # about the ends of half
+    between = torch.arange(2**16) << 16  # bfloat16's numbers; half's lie on every 2^13th pattern
+    patterns = [anything, anything & ~(0xFF << 23) | exponents << 23, between + 2**15, between + 2**12]
+    bits = torch.cat([*patterns, between - 2**15 + 1, between + 3 * 2**12]) % 2**32
+    master = torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32).view(torch.float32)
+    params, zeros = torch.zeros(master.numel(), dtype=dtype), torch.zeros(master.numel())
+    expected = master.to(dtype)
     mk.adamw_(
         params, master, zeros.clone(), zeros.clone(), zeros, lr=torch.tensor(0.0), beta1=0.9, beta2=0.9, eps=1.0,
         weight_decay=0.0, step=torch.tensor(1), clip_coefficient=torch.tensor(1.0), skip=torch.tensor(False),
     )  # fmt: skip
     finite = ~torch.isnan(master)
-    assert torch.equal(params[finite], master[finite].bfloat16())
+    assert torch.equal(params[finite], expected[finite])
     assert torch.isnan(params[~finite]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_widening_accuracy_is_exact(dtype: torch.dtype) -> None:
+    """Every 16-bit pattern comes back from a rotation by nothing, which widens and rounds."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(-1, 1, 64)
+    y, _ = mk.rope(x, x, torch.ones(1024, 32), torch.zeros(1024, 32))
+    finite = torch.isfinite(x.view(-1, 2, 32)).all(1, keepdim=True).expand(-1, 2, -1).reshape_as(x)
+    assert torch.equal(y[finite], x[finite])
+    assert torch.equal(torch.isfinite(y), finite)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """`DType` of csrc/api.h."""
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu2": 2}

@@ -11,14 +11,14 @@ NATIVE = "megalite_kernels._C"
 
 
 def native_supports(*args: Any) -> str | None:
-    """None if every floating-point tensor is bfloat16 or float32 on the CPU, else the reason."""
+    """None if every floating-point tensor is bfloat16, float16 or float32 on the CPU, else the reason."""
     for value in args:
         if not isinstance(value, torch.Tensor):
             continue
         if value.device.type != "cpu":
             return f"runs on the CPU, a tensor is on {value.device}"
-        if value.is_floating_point() and value.dtype not in (torch.bfloat16, torch.float32):
-            return f"takes bfloat16 and float32, not {value.dtype}"
+        if value.is_floating_point() and value.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            return f"takes bfloat16, float16 and float32, not {value.dtype}"
     return None
 
 
