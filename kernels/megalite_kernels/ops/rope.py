@@ -12,6 +12,7 @@ from megalite_kernels.backend import register, register_lazy
 from megalite_kernels.ops import checks
 from megalite_kernels.ops.native_support import NATIVE, native_supports
 from megalite_kernels.ops.rms_norm import row_statistic
+from megalite_kernels.ops.triton_support import TRITON, triton_supports
 from megalite_kernels.reference import rope as reference
 
 
@@ -165,6 +166,15 @@ register("rope_norm_bwd", "reference", reference.norm_backward)
 register_lazy(
     "rope_fwd", "cpu", "megalite_kernels.native.rope:forward", requires=NATIVE, supports=native_supports
 )
+for _op, _name in (
+    ("rope_fwd", "forward"),
+    ("rope_", "forward_"),
+    ("rope_norm_fwd", "norm_forward"),
+    ("rope_norm_bwd", "norm_backward"),
+):
+    register_lazy(
+        _op, "triton", f"megalite_kernels.triton.rope:{_name}", requires=TRITON, supports=triton_supports
+    )
 
 
 class _Rope(torch.autograd.Function):
