@@ -83,16 +83,19 @@ struct AttentionShape {
   bool causal;
   int64_t window;  // 0: none
   int64_t offset;  // query i stands at key position i + k_len - q_len + offset, maybe outside the keys
+  float softcap;   // 0: none
   float scale;
+  const float* sinks;  // [heads], may be null
 };
 
 // out [tokens, heads, dim] contiguous; lse at lse_start + head * lse_head_stride + query.
 void attention_forward(DType dtype, Strided q, Strided k, Strided v, void* out, float* lse, AttentionShape shape,
                        int threads);
 
-// dlse, laid out as lse, may be null.
+// dlse, laid out as lse, may be null. dsinks [segments, heads] is written if there are sinks: each document's share.
 void attention_backward(DType dtype, Strided dout, const float* dlse, Strided q, Strided k, Strided v, Strided out,
-                        const float* lse, void* dq, void* dk, void* dv, AttentionShape shape, int threads);
+                        const float* lse, void* dq, void* dk, void* dv, float* dsinks, AttentionShape shape,
+                        int threads);
 
 struct AdamWOptions {
   float beta1, beta2, eps;

@@ -133,8 +133,10 @@ using StridedTuple = std::tuple<Address, int64_t, int64_t>;
 
 megalite::Strided strided(const StridedTuple& t) { return {at(std::get<0>(t)), std::get<1>(t), std::get<2>(t)}; }
 
-// (segments' address, their number, heads, kv_heads, dim, lse_head_stride, causal, window, offset, scale)
-using ShapeTuple = std::tuple<Address, int64_t, int64_t, int64_t, int64_t, int64_t, bool, int64_t, int64_t, float>;
+// (segments' address, their number, heads, kv_heads, dim, lse_head_stride, causal, window, offset, softcap, scale,
+// sinks)
+using ShapeTuple =
+    std::tuple<Address, int64_t, int64_t, int64_t, int64_t, int64_t, bool, int64_t, int64_t, float, float, Address>;
 
 megalite::AttentionShape attention_shape(const ShapeTuple& t) {
   return {at<const megalite::Segment>(std::get<0>(t)),
@@ -146,7 +148,9 @@ megalite::AttentionShape attention_shape(const ShapeTuple& t) {
           std::get<6>(t),
           std::get<7>(t),
           std::get<8>(t),
-          std::get<9>(t)};
+          std::get<9>(t),
+          std::get<10>(t),
+          at<const float>(std::get<11>(t))};
 }
 
 void bind_attention(py::module_& m) {
@@ -162,10 +166,10 @@ void bind_attention(py::module_& m) {
       "attention_backward",
       [](int dtype, const StridedTuple& dout, Address dlse, const StridedTuple& q, const StridedTuple& k,
          const StridedTuple& v, const StridedTuple& out, Address lse, Address dq, Address dk, Address dv,
-         const ShapeTuple& shape, int threads) {
+         Address dsinks, const ShapeTuple& shape, int threads) {
         megalite::attention_backward(DType(dtype), strided(dout), at<float>(dlse), strided(q), strided(k), strided(v),
-                                     strided(out), at<float>(lse), at(dq), at(dk), at(dv), attention_shape(shape),
-                                     threads);
+                                     strided(out), at<float>(lse), at(dq), at(dk), at(dv), at<float>(dsinks),
+                                     attention_shape(shape), threads);
       },
       Release());
 }

@@ -145,19 +145,46 @@ def test_views_of_a_fused_projection(backend: str) -> None:
     assert torch.equal(viewed, copied)
 
 
-def test_softcap_sinks_and_scale() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [20, 131, 300])
+def test_accuracy_with_softcap_sinks_and_scale(rows: int, dtype: torch.dtype, backend: str) -> None:
     def ours(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Any:
         return mk.attention(q, k, v, softcap=2.0, sinks=sinks, scale=0.5)
 
     def torch_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+        k, v = (x.repeat_interleave(2, dim=2) for x in (k, v))
         scores = 2.0 * torch.tanh(torch.einsum("bqnd,bknd->bnqk", q, k) * 0.5 / 2.0)
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
         scores = scores.masked_fill(~mask, -torch.inf)
         scores = torch.cat((scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)), -1)
         return torch.einsum("bnqk,bknd->bqnd", scores.softmax(-1)[..., :-1], v)
 
-    inputs = [random(2, 20, 3, 8, seed=i) for i in range(3)] + [random(3, seed=4)]
-    check(ours, torch_attention, inputs, dtype=torch.float32, backend=None)
+    inputs = [random(2, rows, 4, 8), random(2, rows, 2, 8, seed=1), random(2, rows, 2, 8, seed=2)]
+    inputs.append(random(4, seed=4))
+    # dsinks sums terms of both signs over all queries: its rounding is that of the terms.
+    check(ours, torch_attention, inputs, dtype=dtype, backend=backend, magnitude=8.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sink", [-1e4, -torch.inf, 100.0, 1e4])
+def test_extreme_sinks(sink: float, backend: str) -> None:
+    """A far lower sink changes nothing, a far higher one takes all; neither makes a NaN."""
+    q, k, v = (random(1, 33, 1, 8, seed=i).requires_grad_() for i in range(3))
+    sinks = torch.tensor([sink], requires_grad=True)
+    with mk.use_backend(backend):
+        out, lse = mk.attention(q, k, v, sinks=sinks, return_lse=True)
+        plain_out, plain_lse = mk.attention(q, k, v, return_lse=True)
+        out.sum().backward()
+    if sink < 0:
+        torch.testing.assert_close(out, plain_out)
+        torch.testing.assert_close(lse, plain_lse)
+    else:
+        torch.testing.assert_close(out, torch.zeros_like(out))
+        torch.testing.assert_close(lse, torch.full_like(lse, sink))
+    for x in (q, k, v, sinks):
+        assert x.grad is not None
+        assert torch.isfinite(x.grad).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

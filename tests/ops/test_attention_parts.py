@@ -131,8 +131,6 @@ def test_two_parts_equal_the_plain_definition(
     options = {name: value for name, value in case.items() if name != "sinks"}
     sinks = "sinks" in case
     inputs = make(documents, dtype)
-    if backend == "cpu" and (sinks or "softcap" in options):
-        pytest.skip("the native library has no softcap and no sinks")
     with mk.use_backend(backend):
         found = in_parts(inputs, documents, options, sinks)
     limit = 1e-12 if dtype == torch.float64 else 1e-5

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megalite_kernels import _C
-from megalite_kernels.native.common import DTYPES, address, by_token, threads
+from megalite_kernels.native.common import DTYPES, address, by_token, float_weights, threads
 from megalite_kernels.reference.attention import Bounds, documents
 
 
@@ -29,10 +29,12 @@ def forward(
     """Backend "cpu" of `attention_fwd`."""
     q, k, v = by_token(q), by_token(k), by_token(v)
     out, lse = torch.empty(q.shape, dtype=q.dtype), _empty_lse(q)
-    table, shape = _shape(q, k, Bounds(cu_seqlens, cu_seqlens_k), (causal, window, offset, scale))
+    wide_sinks = None if sinks is None else float_weights(sinks)
+    options = (causal, window, offset, softcap, scale, address(wide_sinks))
+    table, shape = _shape(q, k, Bounds(cu_seqlens, cu_seqlens_k), options)
     pointers = (_strided(q), _strided(k), _strided(v), address(out), address(lse))
     _C.attention_forward(DTYPES[q.dtype], *pointers, shape, threads())
-    del table  # shape holds its address
+    del table, wide_sinks  # shape holds their addresses
     return out, lse
 
 
@@ -58,7 +60,9 @@ def backward(
     dout, q, k, v, out = (by_token(x) for x in (dout, q, k, v, out))
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.to(torch.float32).contiguous()
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-    table, shape = _shape(q, k, Bounds(cu_seqlens, cu_seqlens_k), (causal, window, offset, scale))
+    wide_sinks = None if sinks is None else float_weights(sinks)
+    options = (causal, window, offset, softcap, scale, address(wide_sinks))
+    table, shape = _shape(q, k, Bounds(cu_seqlens, cu_seqlens_k), options)
     inputs = (
         _strided(dout),
         address(dlse),
@@ -68,11 +72,11 @@ def backward(
         _strided(out),
         address(lse),
     )
-    _C.attention_backward(
-        DTYPES[q.dtype], *inputs, address(dq), address(dk), address(dv), shape, threads()
-    )  # fmt: skip
-    del table
-    return dq, dk, dv, q.new_zeros(0)
+    dsinks = torch.empty((table.shape[0], q.shape[-2]), dtype=torch.float32)
+    outputs = (address(dq), address(dk), address(dv), address(dsinks))
+    _C.attention_backward(DTYPES[q.dtype], *inputs, *outputs, shape, threads())
+    del table, wide_sinks
+    return dq, dk, dv, q.new_zeros(0) if sinks is None else dsinks.sum(0).to(sinks.dtype)
 
 
 def _empty_lse(q: Tensor) -> Tensor:
@@ -84,12 +88,10 @@ def _strided(x: Tensor) -> tuple[int, int, int]:
     return address(x), x.stride(-3), x.stride(-2)
 
 
-def _shape(
-    q: Tensor, k: Tensor, bounds: Bounds, options: tuple[bool, int, int, float]
-) -> tuple[Tensor, tuple[Any, ...]]:
+def _shape(q: Tensor, k: Tensor, bounds: Bounds, options: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
     """The table of documents (`Segment` of csrc/api.h) and the `AttentionShape` that points to it.
 
-    options are causal, window, offset, scale.
+    options are causal, window, offset, softcap, scale and the address of the sinks.
     """
     heads, kv_heads, dim = q.shape[-2], k.shape[-2], q.shape[-1]
     if bounds.queries is None:

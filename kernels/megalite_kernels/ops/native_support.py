@@ -27,12 +27,8 @@ def native_activation_supports(*args: Any) -> str | None:
     return "has no exact gelu" if args[-1] == "gelu" else native_supports(*args)
 
 
-def native_attention_supports(
-    q: Any, k: Any, v: Any, cu_seqlens: Any, cu_seqlens_k: Any, sinks: Any, *options: Any
-) -> str | None:
-    """As `native_supports`, for `attention_fwd`; options are causal, window, offset, max_seqlen, softcap, scale."""
-    if options[4] or sinks is not None:
-        return "has no softcap and no sinks"
+def native_attention_supports(q: Any, k: Any, v: Any, *rest: Any) -> str | None:
+    """As `native_supports`, for `attention_fwd`; bounds and sinks are converted."""
     return native_supports(q, k, v)
 
 
@@ -40,4 +36,4 @@ def native_attention_backward_supports(
     dout: Any, dlse: Any, q: Any, k: Any, v: Any, *rest: Any
 ) -> str | None:
     """As `native_attention_supports`, for `attention_bwd`."""
-    return native_attention_supports(q, k, v, *rest[2:])
+    return native_attention_supports(q, k, v)
