@@ -15,6 +15,7 @@ class ExitCode(enum.IntEnum):
     INTERNAL_ERROR = 1
     BAD_INPUT = 2
     DIVERGED = 3
+    BROKEN_CONTRACT = 4
     IO_ERROR = 74
     PREEMPTED = 75
 

@@ -53,6 +53,7 @@ class Implementation:
 _implementations: dict[str, dict[str, Implementation]] = {}
 # A plain value and no ContextVar: autograd's threads, which run the backwards, don't inherit a context.
 _forced: list[tuple[str, ...]] = []
+_records: list[list[Choice]] = []
 
 
 def register(
@@ -84,6 +85,8 @@ def choose(op: str, device: str, args: tuple[Any, ...] | None = None) -> Callabl
     for name in order(device):
         function = _usable(op, name, args, reasons)
         if function is not None:
+            for record in _records:
+                record.append(Choice(op, name, reasons))
             return function
     there = ", ".join(n for n, i in _implementations[op].items() if i.load() is not None)
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
@@ -152,6 +155,17 @@ class Choice:
     op: str
     backend: str
     passed_over: dict[str, str]
+
+
+@contextmanager
+def recording() -> Iterator[list[Choice]]:
+    """Collects the choice made for each raw op that is called inside the `with` block, in order."""
+    record: list[Choice] = []
+    _records.append(record)
+    try:
+        yield record
+    finally:
+        _records.remove(record)
 
 
 class Explanation(tuple[Choice, ...]):

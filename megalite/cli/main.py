@@ -21,6 +21,7 @@ COMMANDS = {
     ),
     "sample": ("megalite.cli.sample", "generate text from a checkpoint"),
     "report": ("megalite.cli.report", "one HTML page about a run: charts, samples, is pre-training helping"),
+    "doctor": ("megalite.cli.doctor", "check every kernel on this machine, and how fast it is"),
     "export": ("megalite.cli.export", "write a checkpoint as a Hugging Face folder"),
     "import": ("megalite.cli.import_", "check a Hugging Face folder and make it one to train from"),
 }
@@ -31,6 +32,7 @@ EXIT_CODES = """exit codes:
   1   internal error (a traceback says where)
   2   bad input, configuration or arguments
   3   diverged: too many consecutive non-finite steps
+  4   broken contract: a kernel is not as accurate as it promises
   74  input/output error: disk full, not writable, damaged file
   75  preempted: a checkpoint was saved, run the same command again"""
 

@@ -38,13 +38,13 @@ from megalite.train.flops import (
     table_peak_tflops,
 )
 from megalite.train.guard import StepGuard
-from megalite.train.memory import keep_freed_pages
 from megalite.train.metrics import Metrics, ProgressLine
 from megalite.train.runlog import RunLog, TensorBoard
 from megalite.train.saver import Saver
 from megalite.train.stop import StopSignal
 from megalite.train.timer import StepTimer
 from megalite.train.trainer import Trainer
+from megalite_kernels.memory import keep_freed_pages
 
 FREE_TO_CHANGE = {
     "": {"name", "run_dir", "preset", "parallel", "eval", "checkpoint"},
