@@ -32,11 +32,38 @@ void layer_norm_backward(DType dtype, const void* dy, const void* dresidual, con
                          const float* mean, const float* rstd, void* dx, float* dweight, float* dbias, int64_t rows,
                          int64_t cols, int threads);
 
-// Rotates x [tokens, heads, dim] (strided) into out (contiguous). cos and sin are [cos_rows, half]; token t uses
-// row t % cos_rows.
-void rope(DType dtype, const void* x, int64_t token_stride, int64_t head_stride, const float* cos, const float* sin,
-          void* out, int64_t tokens, int64_t heads, int64_t dim, int64_t half, int64_t cos_rows, bool interleaved,
-          bool inverse, int threads);
+// [tokens, heads, dim] with any strides of tokens and heads; features are side by side.
+struct Strided {
+  const void* data;
+  int64_t token, head;
+};
+
+// cos and sin are [cos_rows, half]; token t uses row t % cos_rows. Features from 2 * half on are not rotated.
+struct RopeShape {
+  const float *cos, *sin;
+  int64_t tokens, heads, dim, half, cos_rows;
+  bool interleaved;
+};
+
+// Rotates x into out, which may be x itself.
+void rope(DType dtype, Strided x, Strided out, RopeShape shape, bool inverse, int threads);
+
+// RMSNorm of every head (rstd is [tokens * heads]), then the rotation; out is contiguous.
+void rope_norm_forward(DType dtype, Strided x, const float* weight, void* out, float* rstd, RopeShape shape, float eps,
+                       int threads);
+
+// dx contiguous, dweight [dim].
+void rope_norm_backward(DType dtype, Strided dy, Strided x, const float* weight, const float* rstd, void* dx,
+                        float* dweight, RopeShape shape, int threads);
+
+// dweight [rows, cols]: row r is the sum of dy [tokens, cols] over the tokens with id r, in their order, rounded once.
+// Returns the first token whose id is out of range (then nothing is written), or -1.
+int64_t embedding_backward(DType dtype, const void* dy, const int64_t* ids, void* dweight, int64_t tokens, int64_t rows,
+                           int64_t cols, int threads);
+
+// The same sums, added into main_grad.
+int64_t embedding_accumulate(DType dtype, const void* dy, const int64_t* ids, float* main_grad, int64_t tokens,
+                             int64_t rows, int64_t cols, int threads);
 
 void activation_forward(DType dtype, Activation kind, const void* x, void* y, int64_t size, int threads);
 void activation_backward(DType dtype, Activation kind, const void* dy, const void* x, void* dx, int64_t size,
@@ -71,12 +98,6 @@ struct Segment {
   int64_t q_start, q_len, k_start, k_len, lse_start;
 };
 
-// Tokens and heads of q, k, v, out, dout may be strided; features are side by side. Gradients are contiguous.
-struct Strided {
-  const void* data;
-  int64_t token, head;
-};
-
 struct AttentionShape {
   const Segment* segments;
   int64_t num_segments, heads, kv_heads, dim, lse_head_stride;
@@ -107,6 +128,11 @@ struct AdamWOptions {
 
 void adamw(DType dtype, void* params, float* master, float* exp_avg, float* exp_avg_sq, const float* grads,
            int64_t size, AdamWOptions options, int threads);
+
+// bf16 params without a master, rounded up or down by random bits: hashes of the index and of `key`, the hash of seed
+// and step (reference/adamw.py).
+void adamw_stochastic(void* params, float* exp_avg, float* exp_avg_sq, const float* grads, int64_t size,
+                      AdamWOptions options, uint32_t key, int threads);
 
 // In double, in an order that depends on size alone.
 double sum_of_squares(DType dtype, const void* x, int64_t size, int threads);

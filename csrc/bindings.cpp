@@ -57,16 +57,69 @@ void bind_norms(py::module_& m) {
       Release());
 }
 
-void bind_elementwise(py::module_& m) {
+// (address, token stride, head stride)
+using StridedTuple = std::tuple<Address, int64_t, int64_t>;
+
+megalite::Strided strided(const StridedTuple& t) { return {at(std::get<0>(t)), std::get<1>(t), std::get<2>(t)}; }
+
+// (cos, sin, tokens, heads, dim, half, cos_rows, interleaved)
+using RopeTuple = std::tuple<Address, Address, int64_t, int64_t, int64_t, int64_t, int64_t, bool>;
+
+megalite::RopeShape rope_shape(const RopeTuple& t) {
+  return {at<float>(std::get<0>(t)),
+          at<float>(std::get<1>(t)),
+          std::get<2>(t),
+          std::get<3>(t),
+          std::get<4>(t),
+          std::get<5>(t),
+          std::get<6>(t),
+          std::get<7>(t)};
+}
+
+void bind_rope(py::module_& m) {
   m.def(
       "rope",
-      [](int dtype, Address x, int64_t token_stride, int64_t head_stride, Address cos, Address sin, Address out,
-         int64_t tokens, int64_t heads, int64_t dim, int64_t half, int64_t cos_rows, bool interleaved, bool inverse,
-         int threads) {
-        megalite::rope(DType(dtype), at(x), token_stride, head_stride, at<float>(cos), at<float>(sin), at(out), tokens,
-                       heads, dim, half, cos_rows, interleaved, inverse, threads);
+      [](int dtype, const StridedTuple& x, const StridedTuple& out, const RopeTuple& shape, bool inverse, int threads) {
+        megalite::rope(DType(dtype), strided(x), strided(out), rope_shape(shape), inverse, threads);
       },
       Release());
+  m.def(
+      "rope_norm_forward",
+      [](int dtype, const StridedTuple& x, Address weight, Address out, Address rstd, const RopeTuple& shape, float eps,
+         int threads) {
+        megalite::rope_norm_forward(DType(dtype), strided(x), at<float>(weight), at(out), at<float>(rstd),
+                                    rope_shape(shape), eps, threads);
+      },
+      Release());
+  m.def(
+      "rope_norm_backward",
+      [](int dtype, const StridedTuple& dy, const StridedTuple& x, Address weight, Address rstd, Address dx,
+         Address dweight, const RopeTuple& shape, int threads) {
+        megalite::rope_norm_backward(DType(dtype), strided(dy), strided(x), at<float>(weight), at<float>(rstd), at(dx),
+                                     at<float>(dweight), rope_shape(shape), threads);
+      },
+      Release());
+}
+
+void bind_embedding(py::module_& m) {
+  m.def(
+      "embedding_backward",
+      [](int dtype, Address dy, Address ids, Address dweight, int64_t tokens, int64_t rows, int64_t cols, int threads) {
+        return megalite::embedding_backward(DType(dtype), at(dy), at<int64_t>(ids), at(dweight), tokens, rows, cols,
+                                            threads);
+      },
+      Release());
+  m.def(
+      "embedding_accumulate",
+      [](int dtype, Address dy, Address ids, Address main_grad, int64_t tokens, int64_t rows, int64_t cols,
+         int threads) {
+        return megalite::embedding_accumulate(DType(dtype), at(dy), at<int64_t>(ids), at<float>(main_grad), tokens,
+                                              rows, cols, threads);
+      },
+      Release());
+}
+
+void bind_elementwise(py::module_& m) {
   m.def(
       "activation_forward",
       [](int dtype, int kind, Address x, Address y, int64_t size, int threads) {
@@ -128,11 +181,6 @@ void bind_loss(py::module_& m) {
       Release());
 }
 
-// (address, token stride, head stride)
-using StridedTuple = std::tuple<Address, int64_t, int64_t>;
-
-megalite::Strided strided(const StridedTuple& t) { return {at(std::get<0>(t)), std::get<1>(t), std::get<2>(t)}; }
-
 // (segments' address, their number, heads, kv_heads, dim, lse_head_stride, causal, window, offset, softcap, scale,
 // sinks)
 using ShapeTuple =
@@ -185,6 +233,14 @@ void bind_optimizer(py::module_& m) {
       },
       Release());
   m.def(
+      "adamw_stochastic",
+      [](Address params, Address exp_avg, Address exp_avg_sq, Address grads, int64_t size, float beta1, float beta2,
+         float eps, float decay, float step_size, float root_correction, float clip, uint32_t key, int threads) {
+        megalite::adamw_stochastic(at(params), at<float>(exp_avg), at<float>(exp_avg_sq), at<float>(grads), size,
+                                   {beta1, beta2, eps, decay, step_size, root_correction, clip}, key, threads);
+      },
+      Release());
+  m.def(
       "sum_of_squares",
       [](int dtype, Address x, int64_t size, int threads) {
         return megalite::sum_of_squares(DType(dtype), at(x), size, threads);
@@ -202,6 +258,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("vector_tanh",
         [](Address x, Address y, int64_t size) { megalite::vector_tanh(at<float>(x), at<float>(y), size); });
   bind_norms(m);
+  bind_rope(m);
+  bind_embedding(m);
   bind_elementwise(m);
   bind_loss(m);
   bind_attention(m);

@@ -8,6 +8,7 @@ struct AdamWArguments {
   float *master, *exp_avg, *exp_avg_sq;
   const float* grads;
   AdamWOptions options;
+  uint32_t key;
 };
 
 }  // namespace megalite
@@ -19,12 +20,20 @@ namespace megalite {
 
 void adamw(DType dtype, void* params, float* master, float* exp_avg, float* exp_avg_sq, const float* grads,
            int64_t size, AdamWOptions options, int threads) {
-  const AdamWArguments arguments{params, master, exp_avg, exp_avg_sq, grads, options};
+  const AdamWArguments arguments{params, master, exp_avg, exp_avg_sq, grads, options, 0};
   MEGALITE_WITH_TYPE(dtype, {
     const auto kernel = MEGALITE_PICK(adamw_range<T>);
     parallel_ranges(parts_for(size, threads), size,
                     [&](int, int64_t begin, int64_t end) { kernel(arguments, begin, end); });
   });
+}
+
+void adamw_stochastic(void* params, float* exp_avg, float* exp_avg_sq, const float* grads, int64_t size,
+                      AdamWOptions options, uint32_t key, int threads) {
+  const AdamWArguments arguments{params, nullptr, exp_avg, exp_avg_sq, grads, options, key};
+  const auto kernel = MEGALITE_PICK(adamw_stochastic_range);
+  parallel_ranges(parts_for(size, threads), size,
+                  [&](int, int64_t begin, int64_t end) { kernel(arguments, begin, end); });
 }
 
 }  // namespace megalite

@@ -85,7 +85,7 @@ def round_like_the_docstring(x: float, index: int, seed: int, step: int) -> int:
     return (int.from_bytes(struct.pack("<f", x), "little") + bits) >> 16
 
 
-@pytest.mark.parametrize("backend", ["reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [1, 7, 64, 1001])
 @pytest.mark.parametrize(("seed", "step"), [(0, 1), (2**40 + 17, 3), (-5, 2**33 + 1)])
 def test_stochastic_rounding_takes_the_bits_of_the_hash(
@@ -105,7 +105,7 @@ def test_stochastic_rounding_takes_the_bits_of_the_hash(
     assert torch.equal(moments[1], wide[3])
 
 
-@pytest.mark.parametrize("backend", ["reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_stochastic_rounding_keeps_small_updates_on_average(backend: str) -> None:
     """1 - 1e-3, a quarter of the spacing below 1, 64 times: plain rounding would stay at 1."""
     size = 20_000
@@ -122,7 +122,7 @@ def test_stochastic_rounding_keeps_small_updates_on_average(backend: str) -> Non
     assert 0.001 < float(params.double().std()) < 0.03
 
 
-@pytest.mark.parametrize("backend", ["reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_stochastic_rounding_of_the_extremes(backend: str) -> None:
     """NaN stays NaN, infinities stay, and what bf16 holds exactly is not moved."""
     params = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1.5, 2**-133, 3.3895e38]).bfloat16()
@@ -136,7 +136,7 @@ def test_stochastic_rounding_of_the_extremes(backend: str) -> None:
     assert torch.equal(params[1:], before[1:])
 
 
-@pytest.mark.parametrize("backend", ["reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [torch.nan, 1.0])
 def test_a_skipped_stochastic_step_changes_no_bit(value: float, backend: str) -> None:
     params, _, *moments = stochastic_buffers(100)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import megalite_kernels as mk
-from tests.ops.catalogue import DTYPES, check, random
+from tests.ops.catalogue import BACKENDS, DTYPES, check, random
 
 SHAPES = [(1, 1, 1), (2, 7, 13), (64, 5, 64), (509, 300, 96)]
 
@@ -18,7 +18,7 @@ def tokens(count: int, rows: int) -> torch.Tensor:
     return (torch.rand(count, generator=generator).square() * rows).long()
 
 
-@pytest.mark.parametrize("backend", ["reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("count", "rows", "cols"), SHAPES)
 def test_accuracy(count: int, rows: int, cols: int, dtype: torch.dtype, backend: str) -> None:
@@ -32,7 +32,7 @@ def test_accuracy(count: int, rows: int, cols: int, dtype: torch.dtype, backend:
     )
 
 
-@pytest.mark.parametrize("backend", ["reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_many_tokens_of_one_row_keep_fp32_accuracy(backend: str) -> None:
     """4,096 equal terms: in bf16 the sum would stop at 256."""
     weight = torch.zeros(3, 8, dtype=torch.bfloat16, requires_grad=True)
@@ -43,7 +43,7 @@ def test_many_tokens_of_one_row_keep_fp32_accuracy(backend: str) -> None:
     assert torch.equal(weight.grad[::2], torch.zeros(2, 8, dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize("backend", ["reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_are_added_into_the_accumulator(dtype: torch.dtype, backend: str) -> None:
     ids, weight = tokens(60, 9).view(3, 20), random(9, 24).to(dtype).requires_grad_()
@@ -56,7 +56,7 @@ def test_gradients_are_added_into_the_accumulator(dtype: torch.dtype, backend: s
     torch.testing.assert_close(main_grad, (2 + 2 * expected).float())
 
 
-@pytest.mark.parametrize("backend", ["reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_non_contiguous_and_empty(backend: str) -> None:
     ids, weight = tokens(24, 7).view(4, 6), random(7, 10).requires_grad_()
     with mk.use_backend(backend):
@@ -70,7 +70,7 @@ def test_non_contiguous_and_empty(backend: str) -> None:
     assert torch.equal(none, torch.zeros(7, 10))
 
 
-@pytest.mark.parametrize("backend", ["reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_stays_in_its_row_and_column(backend: str) -> None:
     dy = random(6, 5)
     dy[2, 3] = torch.nan
@@ -80,7 +80,7 @@ def test_nan_stays_in_its_row_and_column(backend: str) -> None:
     assert torch.isnan(grad).nonzero().tolist() == [[2, 3]]
 
 
-@pytest.mark.parametrize("backend", ["reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_inputs_are_not_written(backend: str) -> None:
     ids, weight = tokens(9, 5), random(5, 8).requires_grad_()
     with mk.use_backend(backend):

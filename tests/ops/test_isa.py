@@ -11,7 +11,17 @@ import pytest
 from tests.helpers.source import ROOT
 from tests.ops.catalogue import needs_native
 
-FILES = ["norms", "activation", "rope", "cross_entropy", "attention", "adamw", "grad_norm", "native_math"]
+FILES = [
+    "norms",
+    "activation",
+    "rope",
+    "cross_entropy",
+    "attention",
+    "adamw",
+    "grad_norm",
+    "embedding",
+    "native_math",
+]
 PROGRAM = """
 import sys, pytest, torch
 from megalite_kernels import _C
@@ -21,7 +31,7 @@ except ValueError as error:
     print(error)
     sys.exit(77)
 assert name == sys.argv[1], name
-chosen = "(cpu and (ccuracy or extreme)) or native_math"
+chosen = "(cpu and (ccuracy or extreme or stochastic)) or native_math"
 sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-k", chosen, *sys.argv[2:]]))
 """
 

@@ -72,7 +72,7 @@ def test_transposed_heads_and_batched_tables(backend: str) -> None:
     assert torch.equal(got, torch.cat(rows))
 
 
-@pytest.mark.parametrize("backend", ["reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("dim", "half"), [(2, 1), (26, 13), (64, 32), (80, 20)])
@@ -92,7 +92,7 @@ def test_norm_accuracy(dim: int, half: int, interleaved: bool, dtype: torch.dtyp
     check(ours, torch_rope, inputs, dtype=dtype, backend=backend, floor=2)
 
 
-@pytest.mark.parametrize("backend", ["reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_norm_of_views_and_of_weights_in_another_dtype(backend: str) -> None:
     packed, angle = random(10, 7, 16).bfloat16(), angles(10, 6)
     weights = random(16, seed=1).requires_grad_(), random(16, seed=2).requires_grad_()
@@ -111,7 +111,7 @@ def test_norm_of_views_and_of_weights_in_another_dtype(backend: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_norm_extremes_and_nan(backend: str) -> None:
     q = torch.stack([torch.full((8,), v) for v in (1e18, -1e-30, 0.0, torch.nan, 1.0)]).view(5, 1, 8)
     table = angles(5, 4)
@@ -121,7 +121,7 @@ def test_norm_extremes_and_nan(backend: str) -> None:
     torch.testing.assert_close(got, expected, equal_nan=True)
 
 
-@pytest.mark.parametrize("backend", ["reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_in_place_gives_the_bits_of_out_of_place(dtype: torch.dtype, interleaved: bool, backend: str) -> None:
@@ -145,7 +145,7 @@ def test_in_place_gives_the_bits_of_out_of_place(dtype: torch.dtype, interleaved
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_in_place_gradients(backend: str) -> None:
     """On slices of a projection's output, whose own gradient has to come out right too."""
     angle, grads = angles(10, 8), []

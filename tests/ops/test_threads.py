@@ -24,6 +24,11 @@ CALLS: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
     "swiglu": (mk.swiglu, [X]),
     "gelu": (mk.gelu, [X]),
     "rope": (lambda q: mk.rope(q, q * 2, ANGLES.cos(), ANGLES.sin()), [X.view(600, 4, 64)]),
+    "rope_norm": (
+        lambda q, w, v: mk.rope(q, q * 2, ANGLES.cos(), ANGLES.sin(), q_norm=w, k_norm=v),
+        [X.view(600, 4, 64), random(64, seed=1), random(64, seed=2)],
+    ),
+    "embedding": (lambda w: mk.embedding(TARGET, w), [random(450, 256)]),
     "cross_entropy": (lambda x: mk.cross_entropy(x, TARGET % 256, reduction="none"), [X]),
     "linear_cross_entropy": (
         lambda x, w: mk.linear_cross_entropy(x, w, TARGET, reduction="none"),

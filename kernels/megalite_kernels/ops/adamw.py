@@ -112,8 +112,8 @@ _stochastic_step_ = define(
     "Tensor seed) -> ()",
     fake=lambda *args: None,
 )
-register("adamw_", "reference", reference.step_)
-register("adamw_stochastic_", "reference", reference.stochastic_step_)
-register_lazy(
-    "adamw_", "cpu", "megalite_kernels.native.adamw:step_", requires=NATIVE, supports=native_supports
-)
+for _op, _name in (("adamw_", "step_"), ("adamw_stochastic_", "stochastic_step_")):
+    register(_op, "reference", getattr(reference, _name))
+    register_lazy(
+        _op, "cpu", f"megalite_kernels.native.adamw:{_name}", requires=NATIVE, supports=native_supports
+    )

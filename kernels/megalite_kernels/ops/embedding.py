@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megalite_kernels._library import define
-from megalite_kernels.backend import register
+from megalite_kernels.backend import register, register_lazy
 from megalite_kernels.ops import checks
 from megalite_kernels.ops.linear_cross_entropy import check_main_grad
+from megalite_kernels.ops.native_support import NATIVE, native_accumulator_supports, native_supports
 from megalite_kernels.reference import embedding as reference
 
 
@@ -53,8 +54,14 @@ _backward = define(
 _backward_ = define(
     "embedding_bwd_(Tensor dy, Tensor ids, Tensor(a!) main_grad) -> ()", fake=lambda dy, ids, main_grad: None
 )
-register("embedding_bwd", "reference", reference.backward)
-register("embedding_bwd_", "reference", reference.backward_)
+for _op, _name, _supports in (
+    ("embedding_bwd", "backward", native_supports),
+    ("embedding_bwd_", "backward_", native_accumulator_supports),
+):
+    register(_op, "reference", getattr(reference, _name))
+    register_lazy(
+        _op, "cpu", f"megalite_kernels.native.embedding:{_name}", requires=NATIVE, supports=_supports
+    )
 
 
 class _Embedding(torch.autograd.Function):

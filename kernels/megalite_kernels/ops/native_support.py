@@ -22,6 +22,14 @@ def native_supports(*args: Any) -> str | None:
     return None
 
 
+def native_accumulator_supports(*args: Any) -> str | None:
+    """As `native_supports`; the last argument is an accumulator, contiguous float32."""
+    main_grad = args[-1]
+    if main_grad.dtype != torch.float32 or not main_grad.is_contiguous():
+        return f"adds into contiguous float32, not {main_grad.dtype} of stride {main_grad.stride()}"
+    return native_supports(*args)
+
+
 def native_activation_supports(*args: Any) -> str | None:
     """As `native_supports`; the last argument is the kind of activation."""
     return "has no exact gelu" if args[-1] == "gelu" else native_supports(*args)

@@ -159,19 +159,16 @@ _norm_backward = define(
     "Tensor q_rstd, Tensor k_rstd, Tensor cos, Tensor sin, bool interleaved) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_norm_backward,
 )
-register("rope_fwd", "reference", reference.forward)
-register("rope_", "reference", reference.forward_)
-register("rope_norm_fwd", "reference", reference.norm_forward)
-register("rope_norm_bwd", "reference", reference.norm_backward)
-register_lazy(
-    "rope_fwd", "cpu", "megalite_kernels.native.rope:forward", requires=NATIVE, supports=native_supports
-)
 for _op, _name in (
     ("rope_fwd", "forward"),
     ("rope_", "forward_"),
     ("rope_norm_fwd", "norm_forward"),
     ("rope_norm_bwd", "norm_backward"),
 ):
+    register(_op, "reference", getattr(reference, _name))
+    register_lazy(
+        _op, "cpu", f"megalite_kernels.native.rope:{_name}", requires=NATIVE, supports=native_supports
+    )
     register_lazy(
         _op, "triton", f"megalite_kernels.triton.rope:{_name}", requires=TRITON, supports=triton_supports
     )

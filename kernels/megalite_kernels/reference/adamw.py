@@ -91,13 +91,18 @@ def rounding_bits(seed: Tensor, step: Tensor, size: int) -> Tensor:
     key = mix(mix(mix(mix(lo(seed) + GOLDEN) + hi(seed)) + lo(step)) + hi(step)), then for element i
     word = mix(key + hi(i)) and bits = mix(mix(lo(i) ^ word) + word) >> 16.
     """
-    seed, step = seed.to(torch.int64), step.to(torch.int64)
     index = torch.arange(size, dtype=torch.int64, device=seed.device)
-    key = mix((seed + GOLDEN) & WORD)
-    for word in (seed >> 32, step, step >> 32):
-        key = mix((key + (word & WORD)) & WORD)
-    word = mix((key + (index >> 32)) & WORD)
+    word = mix((key(seed, step) + (index >> 32)) & WORD)
     return mix((mix((index & WORD) ^ word) + word) & WORD) >> 16
+
+
+def key(seed: Tensor, step: Tensor) -> Tensor:
+    """The part of `rounding_bits` that all elements share: a 32-bit word in int64."""
+    seed, step = seed.to(torch.int64), step.to(torch.int64)
+    hashed = mix((seed + GOLDEN) & WORD)
+    for word in (seed >> 32, step, step >> 32):
+        hashed = mix((hashed + (word & WORD)) & WORD)
+    return hashed
 
 
 def mix(x: Tensor) -> Tensor:
