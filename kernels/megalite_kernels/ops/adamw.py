@@ -9,6 +9,7 @@ from megalite_kernels._library import define
 from megalite_kernels.backend import register, register_lazy
 from megalite_kernels.ops import checks
 from megalite_kernels.ops.native_support import NATIVE, native_supports
+from megalite_kernels.ops.triton_support import TRITON, triton_supports
 from megalite_kernels.reference import adamw as reference
 
 
@@ -116,4 +117,7 @@ for _op, _name in (("adamw_", "step_"), ("adamw_stochastic_", "stochastic_step_"
     register(_op, "reference", getattr(reference, _name))
     register_lazy(
         _op, "cpu", f"megalite_kernels.native.adamw:{_name}", requires=NATIVE, supports=native_supports
+    )
+    register_lazy(
+        _op, "triton", f"megalite_kernels.triton.adamw:{_name}", requires=TRITON, supports=triton_supports
     )

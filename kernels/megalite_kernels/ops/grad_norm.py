@@ -11,6 +11,7 @@ from megalite_kernels._library import define
 from megalite_kernels.backend import register, register_lazy
 from megalite_kernels.ops import checks
 from megalite_kernels.ops.native_support import NATIVE, native_supports
+from megalite_kernels.ops.triton_support import TRITON, triton_supports
 from megalite_kernels.reference import grad_norm as reference
 
 
@@ -48,4 +49,11 @@ _norm = define(
 register("grad_norm", "reference", reference.norm)
 register_lazy(
     "grad_norm", "cpu", "megalite_kernels.native.grad_norm:norm", requires=NATIVE, supports=_supports
+)
+register_lazy(
+    "grad_norm",
+    "triton",
+    "megalite_kernels.triton.grad_norm:norm",
+    requires=TRITON,
+    supports=triton_supports,
 )
