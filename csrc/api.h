@@ -80,18 +80,39 @@ struct LossOptions {
   float label_smoothing, z_loss, softcap;  // softcap 0: none
 };
 
-// loss and lse [rows] of logits [rows, cols]. Returns the first row whose target is out of range, or -1.
-int64_t cross_entropy_forward(DType dtype, const void* logits, const int64_t* target, float* loss, float* lse,
-                              int64_t rows, int64_t cols, LossOptions options, int threads);
+// Logits [rows, cols] whose rows are `stride` apart, and the target of each row.
+struct LossRows {
+  DType dtype;
+  const void* logits;
+  int64_t stride;
+  const int64_t* target;
+  int64_t rows, cols;
+};
 
-// dlogits from the saved lse; dloss is [rows], or one value for all if dloss_stride is 0. dlogits may be logits.
-void cross_entropy_backward(DType dtype, const float* dloss, int64_t dloss_stride, const void* logits,
-                            const int64_t* target, const float* lse, void* dlogits, int64_t rows, int64_t cols,
-                            LossOptions options, int threads);
+// The classes start .. start + cols of a vocabulary, as the columns of the logits.
+struct VocabularyShard {
+  int64_t start, cols, vocabulary;
+};
 
-// Both at once, row by row while the row is in cache; the logits are overwritten with their gradient.
-int64_t cross_entropy_grad(DType dtype, void* logits, const int64_t* target, const float* scale, int64_t scale_stride,
-                           float* loss, float* lse, int64_t rows, int64_t cols, LossOptions options, int threads);
+// loss and lse [rows]. Returns the first row whose target is out of range, or -1.
+int64_t cross_entropy_forward(LossRows in, float* loss, float* lse, LossOptions options, int threads);
+
+// What one shard adds: [4, rows] = maximum, sum of exp(s - maximum), s at the target (0 in other shards), sum of s
+// (0 without label smoothing).
+void cross_entropy_stats(LossRows in, int64_t start, float* stats, LossOptions options, int threads);
+
+// dlogits from the lse over the whole vocabulary; scale is [rows], or one value for all if scale_stride is 0. dlogits
+// may be logits.
+void cross_entropy_backward(LossRows in, int64_t start, int64_t vocabulary, const float* lse, const float* scale,
+                            int64_t scale_stride, void* dlogits, int64_t dlogits_stride, LossOptions options,
+                            int threads);
+
+// Forward and backward, row by row while the row is in cache; the logits are overwritten with their gradient.
+int64_t cross_entropy_grad(LossRows in, const float* scale, int64_t scale_stride, float* loss, float* lse,
+                           LossOptions options, int threads);
+
+// out [size] = x * scale, computed in float.
+void scaled_copy(DType from, const void* x, float scale, DType to, void* out, int64_t size, int threads);
 
 // One document (or batch row). Starts are tokens; lse_start is an offset.
 struct Segment {

@@ -149,34 +149,55 @@ void bind_elementwise(py::module_& m) {
       Release());
 }
 
+// (dtype, logits' address, row stride, target's address, rows, columns)
+using LossRowsTuple = std::tuple<int, Address, int64_t, Address, int64_t, int64_t>;
+
+megalite::LossRows loss_rows(const LossRowsTuple& t) {
+  return {DType(std::get<0>(t)),       at(std::get<1>(t)), std::get<2>(t),
+          at<int64_t>(std::get<3>(t)), std::get<4>(t),     std::get<5>(t)};
+}
+
+// (ignore_index, label_smoothing, z_loss, softcap)
+using LossOptionsTuple = std::tuple<int64_t, float, float, float>;
+
+megalite::LossOptions loss_options(const LossOptionsTuple& t) {
+  return {std::get<0>(t), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
+}
+
 void bind_loss(py::module_& m) {
   m.def(
       "cross_entropy_forward",
-      [](int dtype, Address logits, Address target, Address loss, Address lse, int64_t rows, int64_t cols,
-         int64_t ignore_index, float label_smoothing, float z_loss, float softcap, int threads) {
-        return megalite::cross_entropy_forward(DType(dtype), at(logits), at<int64_t>(target), at<float>(loss),
-                                               at<float>(lse), rows, cols,
-                                               {ignore_index, label_smoothing, z_loss, softcap}, threads);
+      [](const LossRowsTuple& rows, Address loss, Address lse, const LossOptionsTuple& options, int threads) {
+        return megalite::cross_entropy_forward(loss_rows(rows), at<float>(loss), at<float>(lse), loss_options(options),
+                                               threads);
+      },
+      Release());
+  m.def(
+      "cross_entropy_stats",
+      [](const LossRowsTuple& rows, int64_t start, Address stats, const LossOptionsTuple& options, int threads) {
+        megalite::cross_entropy_stats(loss_rows(rows), start, at<float>(stats), loss_options(options), threads);
       },
       Release());
   m.def(
       "cross_entropy_backward",
-      [](int dtype, Address dloss, int64_t dloss_stride, Address logits, Address target, Address lse, Address dlogits,
-         int64_t rows, int64_t cols, int64_t ignore_index, float label_smoothing, float z_loss, float softcap,
-         int threads) {
-        megalite::cross_entropy_backward(DType(dtype), at<float>(dloss), dloss_stride, at(logits), at<int64_t>(target),
-                                         at<float>(lse), at(dlogits), rows, cols,
-                                         {ignore_index, label_smoothing, z_loss, softcap}, threads);
+      [](const LossRowsTuple& rows, int64_t start, int64_t vocabulary, Address lse, Address scale, int64_t scale_stride,
+         Address dlogits, int64_t dlogits_stride, const LossOptionsTuple& options, int threads) {
+        megalite::cross_entropy_backward(loss_rows(rows), start, vocabulary, at<float>(lse), at<float>(scale),
+                                         scale_stride, at(dlogits), dlogits_stride, loss_options(options), threads);
       },
       Release());
   m.def(
       "cross_entropy_grad",
-      [](int dtype, Address logits, Address target, Address scale, int64_t scale_stride, Address loss, Address lse,
-         int64_t rows, int64_t cols, int64_t ignore_index, float label_smoothing, float z_loss, float softcap,
-         int threads) {
-        return megalite::cross_entropy_grad(DType(dtype), at(logits), at<int64_t>(target), at<float>(scale),
-                                            scale_stride, at<float>(loss), at<float>(lse), rows, cols,
-                                            {ignore_index, label_smoothing, z_loss, softcap}, threads);
+      [](const LossRowsTuple& rows, Address scale, int64_t scale_stride, Address loss, Address lse,
+         const LossOptionsTuple& options, int threads) {
+        return megalite::cross_entropy_grad(loss_rows(rows), at<float>(scale), scale_stride, at<float>(loss),
+                                            at<float>(lse), loss_options(options), threads);
+      },
+      Release());
+  m.def(
+      "scaled_copy",
+      [](int from, Address x, float scale, int to, Address out, int64_t size, int threads) {
+        megalite::scaled_copy(DType(from), at(x), scale, DType(to), at(out), size, threads);
       },
       Release());
 }

@@ -65,7 +65,11 @@ class Transformer(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """[V, H] matrix of the output head, without padding rows."""
-        return (self.embedding if self.head is None else self.head).rows
+        return self._output.rows
+
+    @property
+    def _output(self) -> Embedding:
+        return self.embedding if self.head is None else self.head
 
     def forward(
         self,
@@ -141,10 +145,11 @@ class Transformer(nn.Module):
         hidden = self(tokens, positions=positions, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
         return kernels.linear_cross_entropy(
             hidden.flatten(0, -2),
-            self.head_weight,
+            self._output.weight,
             labels.flatten(),
             ignore_index=IGNORE_INDEX,
             reduction="sum",
+            valid_rows=self._output.num_rows,
         )
 
     def new_cache(self, batch_size: int, capacity: int) -> list[LayerCache]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -151,7 +150,10 @@ def test_targets_out_of_range_are_refused(bad: int, backend: str) -> None:
         mk.cross_entropy(random(2, 11), target)
 
 
-Linear = Callable[..., Tensor]
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks, the last one ragged, and several pieces of the weight's gradient."""
+    monkeypatch.setattr(plan, "CPU_LIMITS", plan.ChunkLimits(16, 1 << 20, 16))
+    monkeypatch.setattr(plan, "PIECE_BYTES", 30 * 24 * 2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -167,7 +169,7 @@ def test_linear(
     backend: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(plan, "CHUNK_ROWS", 16)  # several chunks, the last one ragged
+    small_chunks(monkeypatch)
     target = targets(41, 67)
     inputs = [random(41, 24), random(67, 24, seed=1, scale=0.5)] + ([random(67, seed=2)] if with_bias else [])
 
@@ -225,11 +227,112 @@ def test_only_what_needs_a_gradient_gets_one(backend: str) -> None:
     assert weight.grad is not None
 
 
-def test_chunks_keep_the_workspace_small() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("padding", [0, 1, 29])
+def test_padding_rows_take_no_part(
+    padding: int, reduction: str, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A padded weight with valid_rows is the slice of it, and NaN in the padding touches nothing."""
+    small_chunks(monkeypatch)
+    target = targets(41, 67)
+    x, weight, bias = random(41, 24), random(67, 24, seed=1), random(67, seed=2)
+    rubbish = torch.full((padding, 24), torch.nan)
+
+    def gradients(padded: bool) -> list[Tensor]:
+        w, b = (torch.cat([weight, rubbish]), torch.cat([bias, rubbish[:, 0]])) if padded else (weight, bias)
+        leaves = [t.to(dtype).requires_grad_() for t in (x, w, b)]
+        main_grad = torch.zeros(w.shape)
+        for accumulator in (None, main_grad):
+            loss = mk.linear_cross_entropy(
+                leaves[0], leaves[1], target, bias=leaves[2], reduction=reduction, valid_rows=67,
+                softcap=5.0, label_smoothing=0.1, main_grad=accumulator,
+            )  # fmt: skip
+            loss.sum().backward()
+        return [loss.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None), main_grad]
+
+    with mk.use_backend(backend):
+        for ours, theirs in zip(gradients(True), gradients(False), strict=True):
+            valid = ours[:67] if ours.shape[:1] == (67 + padding,) else ours
+            assert torch.equal(valid, theirs)
+            if valid is not ours:
+                assert torch.equal(ours[67:], torch.zeros_like(ours[67:]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backward_twice_gives_the_same_twice(dtype: torch.dtype, backend: str) -> None:
+    x, weight = random(30, 16).to(dtype).requires_grad_(), random(50, 16, seed=1).to(dtype).requires_grad_()
+    with mk.use_backend(backend):
+        loss = mk.linear_cross_entropy(x, weight, targets(30, 50))
+        tripled = torch.autograd.grad(loss, (x, weight), torch.tensor(3.0), retain_graph=True)
+        plain = torch.autograd.grad(loss, (x, weight), retain_graph=True)
+        again = torch.autograd.grad(loss, (x, weight))
+    for a, b, c in zip(tripled, plain, again, strict=True):
+        assert torch.equal(b, c)
+        torch.testing.assert_close(a, 3 * b)
+        assert a.dtype == dtype
+
+
+def test_a_unit_gradient_is_handed_on_without_a_copy() -> None:
+    """The fp32 gradient in `.grad` is the very memory that the forward wrote."""
+    x, weight = random(30, 16).requires_grad_(), random(50, 16, seed=1).requires_grad_()
+    loss = mk.linear_cross_entropy(x, weight, targets(30, 50))
+    made = [saved.data_ptr() for saved in loss.grad_fn.saved_tensors[:2]]  # type: ignore[union-attr]
+    loss.backward()
+    assert [t.grad.data_ptr() for t in (x, weight) if t.grad is not None] == made
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_minus_infinity_masks_a_class(backend: str) -> None:
+    logits, target = random(4, 2500), torch.tensor([0, 1, 2499, -100])
+    logits[0, 1:] = -torch.inf
+    logits[1, 2::7] = -torch.inf
+    logits[2, :2400] = -torch.inf  # whole blocks before the first finite one
+    check(
+        lambda x: mk.cross_entropy(x, target, reduction="none"),
+        lambda x: plain(x, target, "none"),
+        [logits],
+        dtype=torch.float32,
+        backend=backend,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("column", [3, 40, 2100])
+def test_non_finite_values_do_what_they_do_in_torch(
+    column: int, softcap: float | None, value: float, backend: str
+) -> None:
+    logits, target = random(2, 2500), torch.tensor([40, 41])
+    logits[0, column] = value
+    with mk.use_backend(backend):
+        loss = mk.cross_entropy(logits, target, reduction="none", softcap=softcap)
+    torch.testing.assert_close(loss, plain(logits, target, "none", softcap=softcap), equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_columns_of_a_wider_tensor_need_no_copy(backend: str) -> None:
+    leaf, target = random(5, 64).requires_grad_(), targets(5, 50)
+    with mk.use_backend(backend):
+        strided, copied = (
+            mk.cross_entropy(columns, target) for columns in (leaf[:, :50], leaf[:, :50].contiguous())
+        )
+        assert torch.equal(strided, copied)
+        assert torch.equal(*(torch.autograd.grad(loss, leaf)[0] for loss in (strided, copied)))
+
+
+def test_chunks_come_from_the_device_and_keep_the_workspace_small() -> None:
     assert plan.chunk_rows(4096, 4096, 2) == 1024
+    assert plan.chunk_rows(1100, 4096, 2) == 640  # two about equal ones, not 1024 and 76
     assert plan.chunk_rows(100, 4096, 2) == 100
     assert plan.chunk_rows(65536, 262144, 2) == 128
     assert plan.chunk_rows(0, 10, 4) == 1
+    h100 = plan.cuda_limits(plan.CUDA_BALANCE[9, 0])
+    assert plan.chunk_rows(1 << 20, 128256, 2, h100) in range(1200, 2361)
+    assert plan.chunk_rows(1 << 20, 262144, 2, h100) in range(1200, 2049)
 
 
 def test_inputs_are_not_written() -> None:

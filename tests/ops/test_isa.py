@@ -16,6 +16,7 @@ FILES = [
     "activation",
     "rope",
     "cross_entropy",
+    "cross_entropy_local",
     "attention",
     "adamw",
     "grad_norm",

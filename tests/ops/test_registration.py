@@ -19,6 +19,8 @@ Q, KV = random(6, 4, 8), random(6, 2, 8, seed=1)
 TARGET = torch.tensor([0, 3, -100, 15, 2, 1])
 IDS = torch.tensor([0, 3, 8, 3, 2, 0])
 LOSS = (-100, 0.1, 0.01, 3.0)
+SHARD = (8, 13, 50)
+HEAD = (X, random(16, 16, seed=3), WEIGHT.clone(), TARGET % 6)
 BOUNDS = torch.tensor([0, 2, 6], dtype=torch.int32)
 ATTENTION = (BOUNDS, None, None, True, 3, 0, 4, 0.0, 0.35)
 
@@ -46,8 +48,17 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "cross_entropy_fwd": (X, TARGET, *LOSS),
     "cross_entropy_bwd": (torch.ones(6), X, TARGET, torch.ones(6), *LOSS),
     "cross_entropy_grad_": (X.clone(), TARGET, torch.ones(()), *LOSS),
-    "linear_cross_entropy_fwd": (X, X[:, :].clone(), WEIGHT[:6].clone(), TARGET % 6, *LOSS),
-    "linear_cross_entropy_grad": (X, X.clone(), None, TARGET % 6, torch.ones(6), *LOSS),
+    "cross_entropy_local_fwd": (X, TARGET, 8, 13, *LOSS),
+    "cross_entropy_local_bwd": (X, TARGET, torch.ones(6), torch.ones(()), *SHARD, *LOSS),
+    "cross_entropy_local_bwd_": (X.clone(), TARGET, torch.ones(6), torch.ones(6), *SHARD, *LOSS),
+    "linear_cross_entropy_fwd": (*HEAD, 14, *LOSS),
+    "linear_cross_entropy_grad": (*HEAD[:2], None, TARGET % 6, torch.ones(6), 16, *LOSS),
+    "linear_cross_entropy_local_fwd": (*HEAD, 8, 13, *LOSS),
+    "linear_cross_entropy_bwd": (*HEAD, torch.ones(6), torch.ones(()), *SHARD, *LOSS),
+    "linear_cross_entropy_bwd_": (
+        *HEAD[:2], None, TARGET, torch.ones(6), torch.ones(()), torch.zeros(16, 16), *SHARD, *LOSS,
+    ),
+    "scaled_copy": (X, torch.tensor(0.3), torch.bfloat16),
     "linear_weight_grad_": (X, X, torch.zeros(16, 16)),
     "attention_fwd": (Q, KV, KV, *ATTENTION),
     "attention_bwd": (Q, None, Q, KV, KV, Q, torch.ones(4, 6), *ATTENTION),

@@ -14,55 +14,161 @@ from megalite_kernels.reference import linear_cross_entropy as plan
 
 def forward(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     """Backend "cpu" of `cross_entropy_fwd`."""
-    logits, target = logits.contiguous(), target.contiguous()
-    rows, cols = logits.shape
-    loss, lse = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.float32)
-    pointers = (address(logits), address(target), address(loss), address(lse))
-    bad = _C.cross_entropy_forward(DTYPES[logits.dtype], *pointers, rows, cols, *options, threads())
-    _refuse(bad, target, cols)
+    logits, target = _rows(logits), target.contiguous()
+    loss, lse = _per_row(logits), _per_row(logits)
+    bad = _C.cross_entropy_forward(
+        _described(logits, target), address(loss), address(lse), options, threads()
+    )
+    _refuse(bad, target, logits.shape[1])
     return loss, lse
 
 
 def backward(dloss: Tensor, logits: Tensor, target: Tensor, lse: Tensor, *options: Any) -> Tensor:
     """Backend "cpu" of `cross_entropy_bwd`; the targets are those that the forward has checked."""
-    dloss, logits, target = dloss.to(torch.float32).contiguous(), logits.contiguous(), target.contiguous()
-    dlogits = torch.empty_like(logits)
-    pointers = (address(logits), address(target), address(lse), address(dlogits))
-    codes = (DTYPES[logits.dtype], address(dloss), 1 if dloss.dim() else 0)
-    _C.cross_entropy_backward(*codes, *pointers, *logits.shape, *options, threads())
-    return dlogits
+    return local_backward(logits, target, lse, dloss, 0, logits.shape[1], logits.shape[1], *options)
 
 
 def grad_(logits: Tensor, target: Tensor, scale: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    """Backend "cpu" of `cross_entropy_grad_`; logits must be contiguous, they are written."""
-    if not logits.is_contiguous():
-        raise ValueError(f"logits have stride {logits.stride()}: pass contiguous rows, they are overwritten")
-    target, scale = target.contiguous(), scale.to(torch.float32).contiguous()
-    rows, cols = logits.shape
-    loss, lse = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.float32)
-    pointers = (
-        address(logits),
-        address(target),
+    """Backend "cpu" of `cross_entropy_grad_`; the row kernel `loss_and_grad` of the chunk plan."""
+    _require_rows(logits)
+    target, scale = target.contiguous(), _float(scale)
+    loss, lse = _per_row(logits), _per_row(logits)
+    bad = _C.cross_entropy_grad(
+        _described(logits, target),
         address(scale),
-        1 if scale.dim() else 0,
+        scale.dim(),
         address(loss),
         address(lse),
+        options,
+        threads(),
     )
-    bad = _C.cross_entropy_grad(DTYPES[logits.dtype], *pointers, rows, cols, *options, threads())
-    _refuse(bad, target, cols)
+    _refuse(bad, target, logits.shape[1])
     return loss, lse
 
 
-def linear_losses(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any) -> Tensor:
+def local(logits: Tensor, target: Tensor, vocab_start: int, valid_rows: int, *options: Any) -> Tensor:
+    """Backend "cpu" of `cross_entropy_local_fwd`."""
+    return _stats(_rows(logits)[:, :valid_rows], target, vocab_start, *options)
+
+
+def local_backward(
+    logits: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    scale: Tensor,
+    vocab_start: int,
+    valid_rows: int,
+    vocab_size: int,
+    *options: Any,
+) -> Tensor:
+    """Backend "cpu" of `cross_entropy_local_bwd`."""
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype)
+    _backward(_rows(logits), dlogits, target, lse, scale, vocab_start, valid_rows, vocab_size, options)
+    return dlogits
+
+
+def local_backward_(
+    logits: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    scale: Tensor,
+    vocab_start: int,
+    valid_rows: int,
+    vocab_size: int,
+    *options: Any,
+) -> None:
+    """Backend "cpu" of `cross_entropy_local_bwd_`."""
+    _require_rows(logits)
+    _backward(logits, logits, target, lse, scale, vocab_start, valid_rows, vocab_size, options)
+
+
+def linear_losses(*args: Any) -> tuple[Tensor, Tensor]:
     """Backend "cpu" of `linear_cross_entropy_fwd`."""
-    return plan.losses(x, weight, bias, target, *options, row_kernel=forward)
+    return plan.losses(*args, row_kernel=forward)
 
 
-def linear_grads(
-    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, scale: Tensor, *options: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def linear_grads(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Backend "cpu" of `linear_cross_entropy_grad`."""
-    return plan.grads(x, weight, bias, target, scale, *options, row_kernel=grad_)
+    return plan.grads(*args, row_kernel=grad_)
+
+
+def linear_stats(*args: Any) -> Tensor:
+    """Backend "cpu" of `linear_cross_entropy_local_fwd`."""
+    return plan.shard_stats(*args, row_kernel=_stats)
+
+
+def linear_shard_grads(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Backend "cpu" of `linear_cross_entropy_bwd`."""
+    return plan.shard_grads(*args, row_kernel=_grad)
+
+
+def linear_shard_grads_(*args: Any) -> tuple[Tensor, Tensor]:
+    """Backend "cpu" of `linear_cross_entropy_bwd_`."""
+    return plan.shard_grads_into(*args, row_kernel=_grad)
+
+
+def scaled_copy(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Backend "cpu" of `scaled_copy`."""
+    x, out = x.contiguous(), torch.empty(x.shape, dtype=dtype)
+    _C.scaled_copy(
+        DTYPES[x.dtype], address(x), float(scale), DTYPES[dtype], address(out), x.numel(), threads()
+    )
+    return out
+
+
+def _stats(logits: Tensor, target: Tensor, start: int, *options: Any) -> Tensor:
+    target = target.contiguous()
+    stats = torch.empty(4, logits.shape[0], dtype=torch.float32)
+    _C.cross_entropy_stats(_described(logits, target), start, address(stats), options, threads())
+    return stats
+
+
+def _grad(
+    logits: Tensor, target: Tensor, lse: Tensor, scale: Tensor, start: int, vocabulary: int, *options: Any
+) -> None:
+    _backward(logits, logits, target, lse, scale, start, logits.shape[1], vocabulary, options)
+
+
+def _backward(
+    logits: Tensor,
+    out: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    scale: Tensor,
+    start: int,
+    valid: int,
+    vocabulary: int,
+    options: tuple[Any, ...],
+) -> None:
+    target, lse, scale = target.contiguous(), _float(lse), _float(scale)
+    out[:, valid:] = 0
+    _C.cross_entropy_backward(
+        _described(logits[:, :valid], target), start, vocabulary, address(lse), address(scale), scale.dim(),
+        address(out), out.stride(0), options, threads(),
+    )  # fmt: skip
+
+
+def _described(logits: Tensor, target: Tensor) -> tuple[int, ...]:
+    """`LossRows` of csrc/api.h."""
+    return DTYPES[logits.dtype], address(logits), logits.stride(0), address(target), *logits.shape
+
+
+def _rows(logits: Tensor) -> Tensor:
+    """Logits whose columns are side by side; the rows may be further apart."""
+    return logits if logits.stride(1) == 1 else logits.contiguous()
+
+
+def _require_rows(logits: Tensor) -> None:
+    if logits.shape[1] > 1 and logits.stride(1) != 1:
+        raise ValueError(f"logits have stride {logits.stride()}: pass contiguous rows, they are overwritten")
+
+
+def _float(values: Tensor) -> Tensor:
+    return values.to(torch.float32).contiguous()
+
+
+def _per_row(logits: Tensor) -> Tensor:
+    return torch.empty(logits.shape[0], dtype=torch.float32)
 
 
 def _refuse(bad: int, target: Tensor, cols: int) -> None:

@@ -11,6 +11,7 @@ from megalite_kernels._library import define
 from megalite_kernels.backend import register, register_lazy
 from megalite_kernels.ops import checks
 from megalite_kernels.ops.native_support import NATIVE, native_supports
+from megalite_kernels.ops.triton_support import TRITON, triton_supports
 from megalite_kernels.reference import cross_entropy as reference
 from megalite_kernels.reference.common import wide_dtype
 from megalite_kernels.reference.cross_entropy import LossOptions
@@ -40,7 +41,8 @@ def cross_entropy(
         fp32 (fp64 for fp64 logits): a scalar, or [...] for "none".
 
     Raises:
-        ValueError: shapes, dtypes, devices or an option is out of its range.
+        ValueError: shapes, dtypes, devices or an option is out of its range; on the CPU also a target that is
+            no class. A GPU cannot raise without waiting: there such a token's loss is NaN.
 
     Saved: logits, target, one float32 per token.
     """
@@ -102,6 +104,16 @@ def reference_grad_(logits: Tensor, target: Tensor, scale: Tensor, *options: Any
     return reference.grad_(logits, target, scale, LossOptions(*options))
 
 
+def register_backends(op: str, function: Any, native_name: str, triton_name: str | None = None) -> None:
+    """The reference, the CPU's and the GPU's implementation of one of the losses' ops."""
+    register(op, "reference", function)
+    native = f"megalite_kernels.native.cross_entropy:{native_name}"
+    register_lazy(op, "cpu", native, requires=NATIVE, supports=native_supports)
+    if triton_name is not None:
+        target = f"megalite_kernels.triton.{triton_name}"
+        register_lazy(op, "triton", target, requires=TRITON, supports=triton_supports)
+
+
 _forward = define(
     f"cross_entropy_fwd(Tensor logits, Tensor target, {OPTIONS_SCHEMA}) -> (Tensor, Tensor)",
     fake=lambda logits, target, *options: (_row(logits), _row(logits)),
@@ -111,29 +123,21 @@ _backward = define(
     fake=lambda dloss, logits, target, lse, *options: logits.new_empty(logits.shape),
 )
 # The loss and, in place of the logits, their gradient: one pass over a workspace nobody else sees.
-cross_entropy_grad_ = define(
+_loss_and_grad_ = define(
     f"cross_entropy_grad_(Tensor(a!) logits, Tensor target, Tensor scale, {OPTIONS_SCHEMA}) -> (Tensor, Tensor)",
     fake=lambda logits, target, scale, *options: (_row(logits), _row(logits)),
 )
-for _op, _function, _name in (
-    ("cross_entropy_fwd", reference_forward, "forward"),
-    ("cross_entropy_bwd", reference_backward, "backward"),
-    ("cross_entropy_grad_", reference_grad_, "grad_"),
-):
-    register(_op, "reference", _function)
-    register_lazy(
-        _op,
-        "cpu",
-        f"megalite_kernels.native.cross_entropy:{_name}",
-        requires=NATIVE,
-        supports=native_supports,
-    )
+register_backends("cross_entropy_fwd", reference_forward, "forward")
+register_backends("cross_entropy_bwd", reference_backward, "backward")
+register_backends("cross_entropy_grad_", reference_grad_, "grad_")
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, *options: Any) -> Tensor:
-        logits, target = logits.contiguous(), target.contiguous()
+        # Rows may lie further apart than they are long: real columns of a padded vocabulary need no copy.
+        logits = logits if logits.stride(-1) == 1 else logits.contiguous()
+        target = target.contiguous()
         loss, lse = _forward(logits, target, *options)
         ctx.save_for_backward(logits, target, lse)
         ctx.options = options

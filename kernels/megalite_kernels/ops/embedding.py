@@ -11,7 +11,7 @@ from torch import Tensor
 from megalite_kernels._library import define
 from megalite_kernels.backend import register, register_lazy
 from megalite_kernels.ops import checks
-from megalite_kernels.ops.linear_cross_entropy import check_main_grad
+from megalite_kernels.ops.linear_cross_entropy_local import check_main_grad
 from megalite_kernels.ops.native_support import NATIVE, native_accumulator_supports, native_supports
 from megalite_kernels.reference import embedding as reference
 

@@ -8,19 +8,26 @@ import torch
 from torch import Tensor
 
 from megalite_kernels._library import define
-from megalite_kernels.backend import register, register_lazy
 from megalite_kernels.ops import checks
 from megalite_kernels.ops.cross_entropy import (
     OPTIONS_SCHEMA,
-    check_target,
     loss_options,
     mean_scale,
     reference_forward,
     reference_grad_,
+    register_backends,
 )
-from megalite_kernels.ops.native_support import NATIVE, native_supports
+from megalite_kernels.ops.cross_entropy_local import shard_of
+from megalite_kernels.ops.linear_cross_entropy_local import (
+    HEAD_SCHEMA,
+    check_head,
+    check_main_grad,
+    fake_grads,
+    shard_grads,
+    shard_grads_,
+)
 from megalite_kernels.reference import linear_cross_entropy as plan
-from megalite_kernels.reference.common import wide_dtype
+from megalite_kernels.reference.common import wide_dtype, widen
 
 
 def linear_cross_entropy(
@@ -34,12 +41,15 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     reduction: str = "mean",
+    valid_rows: int | None = None,
     main_grad: Tensor | None = None,
 ) -> Tensor:
     """`cross_entropy(x @ weight.T + bias, target)`, chunked over tokens.
 
-    With a scalar reduction the gradients are made during the forward (6 T H V operations in all) and the
-    backward only scales them; with "none" the backward makes the logits again (8 T H V).
+    With a scalar reduction the gradients are made during the forward (6 T H V operations in all). The backward
+    multiplies them by its incoming gradient while it writes them out, so that costs no pass of its own; eager on
+    the CPU, a gradient that needs neither is handed on as it is. With "none" the backward makes the logits
+    again (8 T H V).
 
     Args:
         x: [..., H], bf16, fp16, fp32 or fp64.
@@ -47,6 +57,9 @@ def linear_cross_entropy(
         target: [...], int64; `ignore_index` marks tokens without loss.
         bias: [V] like weight, or None.
         ignore_index, label_smoothing, z_loss, softcap, reduction: as in `cross_entropy`.
+        valid_rows: rows of weight that are classes, those after them being padding without part in the loss, and
+            with zero gradients; None: all. Cheaper than a slice of the weight, whose gradient autograd copies
+            into a padded one.
         main_grad: [V, H] fp32; if given, the weight's gradient is added into it in the backward and `weight`
             itself gets none.
 
@@ -58,15 +71,10 @@ def linear_cross_entropy(
 
     Saved: scalar reductions: dx like x, dweight [V, H] fp32; "none": x, weight, target.
     """
-    checks.require_float(x=x, weight=weight)
-    checks.require_shape(weight, (weight.shape[0], x.shape[-1]), "weight", f"x with {x.shape[-1]} features")
-    checks.require_same_kind(weight, x, "weight", "x")
-    check_target(target, tuple(x.shape[:-1]), x, "x")
+    check_head(x, weight, bias, target)
     checks.require_option(reduction, ("none", "sum", "mean"), "reduction")
     options = loss_options(ignore_index, label_smoothing, z_loss, softcap)
-    if bias is not None:
-        checks.require_shape(bias, (weight.shape[0],), "bias", f"weight with {weight.shape[0]} rows")
-        checks.require_same_kind(bias, weight, "bias", "weight")
+    valid = shard_of(0, valid_rows, None, weight.shape[0], "rows of weight").valid_rows
     if main_grad is not None:
         check_main_grad(main_grad, weight)
     flat, flat_target = x.reshape(-1, x.shape[-1]), target.reshape(-1)
@@ -75,76 +83,55 @@ def linear_cross_entropy(
     scale = mean_scale(flat_target, ignore_index, wide) if reduction == "mean" else one
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if needs_grad and reduction != "none":
-        return _ReducedLoss.apply(flat, weight, bias, flat_target, scale, main_grad, *options)
-    loss = _TokenLosses.apply(flat, weight, bias, flat_target, main_grad, *options)
+        return _ReducedLoss.apply(flat, weight, bias, flat_target, scale, main_grad, valid, *options)
+    loss = _TokenLosses.apply(flat, weight, bias, flat_target, main_grad, valid, *options)
     return loss.view(target.shape) if reduction == "none" else loss.sum() * scale
 
 
-def check_main_grad(main_grad: Tensor, weight: Tensor) -> None:
-    """`main_grad` is an fp32 accumulator of weight's shape."""
-    checks.require_shape(main_grad, tuple(weight.shape), "main_grad", "weight")
-    checks.require_same_device(main_grad, weight, "main_grad", "weight")
-    if main_grad.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"main_grad has dtype {main_grad.dtype}: pass an fp32 accumulator")
-
-
-def reference_losses(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any) -> Tensor:
+def reference_losses(*args: Any) -> tuple[Tensor, Tensor]:
     """Reference of `linear_cross_entropy_fwd`."""
-    return plan.losses(x, weight, bias, target, *options, row_kernel=reference_forward)
+    return plan.losses(*args, row_kernel=reference_forward)
 
 
-def reference_grads(
-    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, scale: Tensor, *options: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def reference_grads(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Reference of `linear_cross_entropy_grad`."""
-    return plan.grads(x, weight, bias, target, scale, *options, row_kernel=reference_grad_)
+    return plan.grads(*args, row_kernel=reference_grad_)
 
 
-def _fake_losses(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any) -> Tensor:
-    return x.new_empty(x.shape[0], dtype=wide_dtype(x))
-
-
-def _fake_grads(
-    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, scale: Tensor, *options: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = wide_dtype(x)
-    return (
-        x.new_empty(x.shape[0], dtype=wide),
-        x.new_empty(x.shape),
-        weight.new_empty(weight.shape, dtype=wide),
-        x.new_empty(0 if bias is None else weight.shape[0], dtype=wide),
-    )
+def reference_scaled_copy(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Reference of `scaled_copy`; on a GPU the product is rounded in the pass that makes it."""
+    wide = widen(x)
+    return torch.mul(wide, scale.to(wide.dtype), out=torch.empty(x.shape, dtype=dtype, device=x.device))
 
 
 _losses = define(
-    f"linear_cross_entropy_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor target, {OPTIONS_SCHEMA}) -> Tensor",
-    fake=_fake_losses,
+    f"linear_cross_entropy_fwd({HEAD_SCHEMA}, int valid_rows, {OPTIONS_SCHEMA}) -> (Tensor, Tensor)",
+    fake=lambda x, *rest: (_per_token(x), _per_token(x)),
 )
 _grads = define(
-    "linear_cross_entropy_grad(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor scale, "
-    f"{OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake_grads,
+    f"linear_cross_entropy_grad({HEAD_SCHEMA}, Tensor scale, int valid_rows, {OPTIONS_SCHEMA})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda x, weight, bias, *rest: (_per_token(x), *fake_grads(x, weight, bias)),
 )
-for _op, _function, _name in (
-    ("linear_cross_entropy_fwd", reference_losses, "linear_losses"),
-    ("linear_cross_entropy_grad", reference_grads, "linear_grads"),
-):
-    register(_op, "reference", _function)
-    register_lazy(
-        _op,
-        "cpu",
-        f"megalite_kernels.native.cross_entropy:{_name}",
-        requires=NATIVE,
-        supports=native_supports,
-    )
+# x * scale in another dtype: the last step of a gradient that was made before the incoming one was known.
+_scaled_copy = define(
+    "scaled_copy(Tensor x, Tensor scale, ScalarType dtype) -> Tensor",
+    fake=lambda x, scale, dtype: x.new_empty(x.shape, dtype=dtype),
+)
+register_backends("linear_cross_entropy_fwd", reference_losses, "linear_losses")
+register_backends("linear_cross_entropy_grad", reference_grads, "linear_grads")
+register_backends("scaled_copy", reference_scaled_copy, "scaled_copy")
 
 
-def _deliver(dweight: Tensor, main_grad: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The weight's gradient, or None after adding it into the accumulator."""
-    if main_grad is None:
-        return dweight.to(dtype)
-    main_grad.add_(dweight)
-    return None
+def _per_token(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], dtype=wide_dtype(x))
+
+
+def _times(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`grad * factor` in `dtype`, in one pass or, eager on the CPU with a factor of 1, with none to spare."""
+    if not torch.compiler.is_compiling() and factor.device.type == "cpu" and float(factor) == 1.0:
+        return grad.to(dtype)
+    return _scaled_copy(grad, factor, dtype)
 
 
 class _ReducedLoss(torch.autograd.Function):
@@ -157,10 +144,11 @@ class _ReducedLoss(torch.autograd.Function):
         target: Tensor,
         scale: Tensor,
         main_grad: Tensor | None,
+        valid_rows: int,
         *options: Any,
     ) -> Tensor:
         x, weight, target = x.contiguous(), weight.contiguous(), target.contiguous()
-        loss, dx, dweight, dbias = _grads(x, weight, bias, target, scale, *options)
+        loss, dx, dweight, dbias = _grads(x, weight, bias, target, scale, valid_rows, *options)
         ctx.save_for_backward(dx, dweight, dbias)
         ctx.main_grad, ctx.has_bias, ctx.dtype = main_grad, bias is not None, weight.dtype
         ctx.num_options = len(options)
@@ -169,10 +157,14 @@ class _ReducedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight, dbias = ctx.saved_tensors
-        dx = (dx * dloss).to(dx.dtype)
-        dbias = (dbias * dloss).to(ctx.dtype) if ctx.has_bias else None
-        weight_grad = _deliver(dweight * dloss, ctx.main_grad, ctx.dtype)
-        return dx, weight_grad, dbias, None, None, None, *(None for _ in range(ctx.num_options))
+        dx = _times(dx, dloss, dx.dtype)
+        dbias = _times(dbias, dloss, ctx.dtype) if ctx.has_bias else None
+        weight_grad = None
+        if ctx.main_grad is None:
+            weight_grad = _times(dweight, dloss, ctx.dtype)
+        else:
+            ctx.main_grad.addcmul_(dweight.to(ctx.main_grad.dtype), dloss.to(ctx.main_grad.dtype))
+        return dx, weight_grad, dbias, None, None, None, None, *(None for _ in range(ctx.num_options))
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -184,17 +176,25 @@ class _TokenLosses(torch.autograd.Function):
         bias: Tensor | None,
         target: Tensor,
         main_grad: Tensor | None,
+        valid_rows: int,
         *options: Any,
     ) -> Tensor:
         x, weight, target = x.contiguous(), weight.contiguous(), target.contiguous()
-        ctx.save_for_backward(x, weight, bias, target)
-        ctx.main_grad, ctx.options = main_grad, options
-        return _losses(x, weight, bias, target, *options)
+        loss, lse = _losses(x, weight, bias, target, valid_rows, *options)
+        ctx.save_for_backward(x, weight, bias, target, lse)
+        ctx.main_grad, ctx.valid_rows, ctx.options = main_grad, valid_rows, options
+        return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, target = ctx.saved_tensors
-        _, dx, dweight, dbias = _grads(x, weight, bias, target, dloss.contiguous(), *ctx.options)
+        x, weight, bias, target, lse = ctx.saved_tensors
+        inputs = (x, weight, bias, target, lse, dloss.contiguous())
+        place = (0, ctx.valid_rows, ctx.valid_rows, *ctx.options)
+        weight_grad = None
+        if ctx.main_grad is None:
+            dx, dweight, dbias = shard_grads(*inputs, *place)
+            weight_grad = dweight.to(weight.dtype)
+        else:
+            dx, dbias = shard_grads_(*inputs, ctx.main_grad, *place)
         dbias = dbias.to(weight.dtype) if bias is not None else None
-        weight_grad = _deliver(dweight, ctx.main_grad, weight.dtype)
-        return dx, weight_grad, dbias, None, None, *(None for _ in ctx.options)
+        return dx, weight_grad, dbias, None, None, None, *(None for _ in ctx.options)
