@@ -39,6 +39,7 @@ namespace megalite {
 void attention_forward(DType dtype, Strided q, Strided k, Strided v, void* out, float* lse, AttentionShape shape,
                        int threads) {
   const AttentionForward arguments{q, k, v, out, lse, shape};
+  if (dtype == DType::bfloat16 && attention_forward_pairs(arguments, threads)) return;
   const int64_t tasks = shape.num_segments * shape.kv_heads;
   MEGALITE_WITH_TYPE(dtype, {
     const auto task = MEGALITE_PICK(attention_forward_task<T>);
@@ -50,6 +51,7 @@ void attention_backward(DType dtype, Strided dout, const float* dlse, Strided q,
                         const float* lse, void* dq, void* dk, void* dv, float* dsinks, AttentionShape shape,
                         int threads) {
   const AttentionBackward arguments{dout, q, k, v, out, dlse, lse, dq, dk, dv, dsinks, shape};
+  if (dtype == DType::bfloat16 && attention_backward_pairs(arguments, threads)) return;
   const int64_t tasks = shape.num_segments * shape.kv_heads;
   MEGALITE_WITH_TYPE(dtype, {
     const auto task = MEGALITE_PICK(attention_backward_task<T>);

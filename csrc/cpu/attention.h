@@ -1,5 +1,6 @@
 // What the attention kernels share: arguments, what a query sees, and how tasks go to threads.
 #pragma once
+#include <type_traits>
 #include <utility>
 
 #include "common.h"
@@ -84,5 +85,9 @@ void run_tasks(const AttentionShape& shape, bool backward, int64_t tasks, int th
     for (int64_t i = 0; i < tasks; ++i) body(i, buffers);
   }
 }
+
+// Both for bf16 tensors; false, with nothing done, where the instruction set in use has no products of bf16 pairs.
+bool attention_forward_pairs(const AttentionForward& arguments, int threads);
+bool attention_backward_pairs(const AttentionBackward& arguments, int threads);
 
 }  // namespace megalite

@@ -38,7 +38,7 @@ struct fp16 {
   uint16_t bits;
 };
 
-enum class Isa { scalar, avx2, avx512 };
+enum class Isa { scalar, avx2, avx512, avx512_bf16 };
 Isa isa();
 
 // Below this many elements per thread, waking one costs more than it saves (about 5 us at a few bytes a cycle).
@@ -91,7 +91,7 @@ class Partials {
 // The instance of a kernel for the instruction set in use.
 #if MEGALITE_X86
 #define MEGALITE_PICK(...) \
-  (isa() == Isa::avx512 ? avx512::__VA_ARGS__ : isa() == Isa::avx2 ? avx2::__VA_ARGS__ : scalar::__VA_ARGS__)
+  (isa() >= Isa::avx512 ? avx512::__VA_ARGS__ : isa() == Isa::avx2 ? avx2::__VA_ARGS__ : scalar::__VA_ARGS__)
 #else
 #define MEGALITE_PICK(...) (isa(), scalar::__VA_ARGS__)
 #endif
