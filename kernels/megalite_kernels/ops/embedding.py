@@ -13,6 +13,7 @@ from megalite_kernels.backend import register, register_lazy
 from megalite_kernels.ops import checks
 from megalite_kernels.ops.linear_cross_entropy_local import check_main_grad
 from megalite_kernels.ops.native_support import NATIVE, native_accumulator_supports, native_supports
+from megalite_kernels.ops.triton_support import TRITON, triton_supports
 from megalite_kernels.reference import embedding as reference
 
 
@@ -61,6 +62,9 @@ for _op, _name, _supports in (
     register(_op, "reference", getattr(reference, _name))
     register_lazy(
         _op, "cpu", f"megalite_kernels.native.embedding:{_name}", requires=NATIVE, supports=_supports
+    )
+    register_lazy(
+        _op, "triton", f"megalite_kernels.triton.embedding:{_name}", requires=TRITON, supports=triton_supports
     )
 
 
