@@ -7,7 +7,7 @@
 namespace megalite {
 
 enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
-enum class Activation : int { silu = 0, gelu_tanh = 1, relu2 = 2 };
+enum class Activation : int { silu = 0, gelu_tanh = 1, relu2 = 2, gelu = 3 };
 
 // The instruction set in use ("scalar", "avx2", "avx512" or "avx512_bf16"): the best of this CPU, or what MEGALITE_ISA
 // asks for. Throws std::invalid_argument if MEGALITE_ISA is not a known name or this CPU lacks it.

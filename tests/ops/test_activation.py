@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import megalite_kernels as mk
-from tests.ops.catalogue import BACKENDS, DTYPES, check, random
+from tests.ops.catalogue import BACKENDS, DTYPES, check, needs_native, random
 
 SIZES = [1, 13, 64, 704]
 
@@ -46,10 +46,41 @@ class TestAccuracy:
         check(mk.relu_squared, lambda x: torch.relu(x).square(), inputs, dtype=dtype, backend=backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_exact_gelu(dtype: torch.dtype) -> None:
-    inputs = [random(9, 33, scale=3)]
-    check(lambda x: mk.gelu(x, approximate="none"), F.gelu, inputs, dtype=dtype, backend=None)
+@pytest.mark.parametrize("size", SIZES)
+class TestExactGelu:
+    def test_gelu_accuracy(self, size: int, dtype: torch.dtype, backend: str) -> None:
+        inputs = [random(9, size, scale=3)]
+        check(lambda x: mk.gelu(x, approximate="none"), F.gelu, inputs, dtype=dtype, backend=backend, floor=2)
+
+    def test_geglu_accuracy(self, size: int, dtype: torch.dtype, backend: str) -> None:
+        inputs = [random(9, size, scale=3), random(9, size, seed=1)]
+        check(
+            lambda g, u: mk.geglu(g, u, approximate="none"),
+            lambda g, u: F.gelu(g) * u,
+            inputs,
+            dtype=dtype,
+            backend=backend,
+        )
+
+
+@needs_native
+def test_exact_gelu_accuracy_near_and_far_from_zero() -> None:
+    """Relative to the value itself: no cancellation in the negative tail."""
+    x = torch.linspace(-12, 12, 100_001).requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    with mk.use_backend("cpu"):
+        y = mk.gelu(x, approximate="none")
+        (dx,) = torch.autograd.grad(y.sum(), x)
+    truth = 0.5 * wide * torch.erfc(-wide / 2**0.5)
+    (slope,) = torch.autograd.grad(truth.sum(), wide)
+    torch.testing.assert_close(
+        y.double(), truth, rtol=1e-5, atol=0
+    )  # the exponential of -72 has an error of 4e-6
+    inner = x.detach().abs() < 3
+    torch.testing.assert_close(y.double()[inner], truth[inner], rtol=8e-7, atol=0)
+    torch.testing.assert_close(dx.double(), slope, rtol=1e-6, atol=5e-7)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -65,7 +96,7 @@ def test_biases(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("op", [mk.swiglu, mk.geglu])
+@pytest.mark.parametrize("op", [mk.swiglu, mk.geglu, lambda g, u: mk.geglu(g, u, approximate="none")])
 def test_extremes_saturate(op: object, backend: str) -> None:
     gate = torch.tensor([-1e30, -1e4, -100.0, -0.0, 0.0, 100.0, 1e4, 1e18], requires_grad=True)
     up = torch.ones(8)
@@ -80,7 +111,12 @@ def test_extremes_saturate(op: object, backend: str) -> None:
 def test_nan_passes_through(backend: str) -> None:
     x = torch.tensor([1.0, torch.nan, -2.0])
     with mk.use_backend(backend):
-        for op in (mk.gelu, mk.relu_squared, lambda x: mk.swiglu(x, torch.ones(3))):
+        for op in (
+            mk.gelu,
+            lambda x: mk.gelu(x, approximate="none"),
+            mk.relu_squared,
+            lambda x: mk.swiglu(x, torch.ones(3)),
+        ):
             assert torch.equal(torch.isnan(op(x)), torch.isnan(x))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """`DType` of csrc/api.h."""
 
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu2": 2}
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu2": 2, "gelu": 3}
 """`Activation` of csrc/api.h."""
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from megalite_kernels._library import define
 from megalite_kernels.backend import register, register_lazy
 from megalite_kernels.ops import checks
-from megalite_kernels.ops.native_support import NATIVE, native_activation_supports
+from megalite_kernels.ops.native_support import NATIVE, native_supports
 from megalite_kernels.reference import activation as reference
 
 
@@ -139,7 +139,7 @@ for _op, _function, _name in (
 ):
     register(_op, "reference", _function)
     _target = f"megalite_kernels.native.activation:{_name}"
-    register_lazy(_op, "cpu", _target, requires=NATIVE, supports=native_activation_supports)
+    register_lazy(_op, "cpu", _target, requires=NATIVE, supports=native_supports)
 
 
 class _Activation(torch.autograd.Function):

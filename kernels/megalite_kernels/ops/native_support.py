@@ -30,11 +30,6 @@ def native_accumulator_supports(*args: Any) -> str | None:
     return native_supports(*args)
 
 
-def native_activation_supports(*args: Any) -> str | None:
-    """As `native_supports`; the last argument is the kind of activation."""
-    return "has no exact gelu" if args[-1] == "gelu" else native_supports(*args)
-
-
 def native_attention_supports(q: Any, k: Any, v: Any, *rest: Any) -> str | None:
     """As `native_supports`, for `attention_fwd`; bounds and sinks are converted."""
     return native_supports(q, k, v)
