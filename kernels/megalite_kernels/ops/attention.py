@@ -16,6 +16,7 @@ from megalite_kernels.ops.native_support import (
     native_attention_backward_supports,
     native_attention_supports,
 )
+from megalite_kernels.ops.triton_support import TRITON, triton_attention_supports
 from megalite_kernels.reference import attention as reference
 from megalite_kernels.reference.common import wide_dtype
 from megalite_kernels.sdpa import supports_backward, supports_forward
@@ -271,6 +272,14 @@ register_lazy(
     requires=NATIVE,
     supports=native_attention_backward_supports,
 )
+for _op, _function in (("attention_fwd", "forward"), ("attention_bwd", "backward")):
+    register_lazy(
+        _op,
+        "triton",
+        f"megalite_kernels.triton.attention:{_function}",
+        requires=TRITON,
+        supports=triton_attention_supports,
+    )
 register_lazy("attention_fwd", "sdpa", "megalite_kernels.sdpa:forward", supports=supports_forward)
 register_lazy("attention_bwd", "sdpa", "megalite_kernels.sdpa:backward", supports=supports_backward)
 

@@ -27,3 +27,9 @@ def triton_supports(*args: Any) -> str | None:
             if tensor.is_floating_point() and tensor.dtype not in _DTYPES:
                 return f"takes bfloat16, float16 and float32, not {tensor.dtype}"
     return None
+
+
+def triton_attention_supports(*args: Any) -> str | None:
+    """As `triton_supports`, for `attention_fwd` and `attention_bwd`, whose first argument is like q."""
+    dim = args[0].shape[-1]
+    return f"takes head dims up to 256, not {dim}" if dim > 256 else triton_supports(*args)

@@ -1,0 +1,276 @@
+"""The Triton attention kernels: every option forwards and backwards, in blocks small enough to cross several."""
+
+from __future__ import annotations
+
+import itertools
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import megalite_kernels as mk
+from megalite_kernels.ops.attention import attention_backward, attention_forward
+from megalite_kernels.testing import assert_as_accurate
+from megalite_kernels.triton import attention as launchers
+from megalite_kernels.triton.launch import Launch, override
+from tests.ops.catalogue import random
+
+NAMES = ("out", "lse", "dq", "dk", "dv", "dsinks")
+
+
+def plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    bounds: list[list[int]] | None,
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) written out in the dtype of the inputs, documents one after another."""
+    if bounds is None:
+        return one_document(q, k, v, sinks, **options)
+    places = zip(itertools.pairwise(bounds[0]), itertools.pairwise(bounds[-1]), strict=True)
+    parts = [
+        one_document(q[None, a:b], k[None, c:d], v[None, c:d], sinks, **options) for (a, b), (c, d) in places
+    ]
+    return torch.cat([out[0] for out, _ in parts]), torch.cat([lse[0] for _, lse in parts], -1)
+
+
+def one_document(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    causal: bool = True,
+    window: int | None = None,
+    offset: int = 0,
+    softcap: float | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    groups = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = torch.einsum("bqnd,bknd->bnqk", q, k) * scale
+    scores = scores.float() if scores.dtype != torch.float64 else scores
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    shift = k.shape[1] - q.shape[1] + offset
+    back = torch.arange(q.shape[1]).unsqueeze(1) + shift - torch.arange(k.shape[1])
+    mask = ((back >= 0) | (not causal)) & (back.abs() < (window or 10**9))
+    seen = mask.any(-1, keepdim=True)
+    if sinks is None:
+        logits = scores.masked_fill(~mask & seen, -torch.inf)
+    else:
+        column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        logits, seen = torch.cat((scores.masked_fill(~mask, -torch.inf), column), -1), seen | True
+    probabilities = logits.softmax(-1)[..., : k.shape[1]].masked_fill(~mask, 0.0)
+    lse = logits.logsumexp(-1).masked_fill(~seen.squeeze(-1), -torch.inf)
+    return torch.einsum("bnqk,bknd->bqnd", probabilities.to(v.dtype), v), lse
+
+
+def cumulative(bounds: list[list[int]] | None) -> dict[str, Any]:
+    if bounds is None:
+        return {}
+    longest = max(b - a for places in bounds for a, b in itertools.pairwise(places))
+    cu_seqlens, *keys = (torch.tensor(places, dtype=torch.int32) for places in bounds)
+    return {"cu_seqlens": cu_seqlens, "cu_seqlens_k": keys[0] if keys else None, "max_seqlen": longest}
+
+
+def ours(
+    inputs: list[Tensor], grads: list[Tensor], bounds: list[list[int]] | None, options: dict[str, Any]
+) -> list[Tensor]:
+    """Out, lse and every gradient, on the Triton backend."""
+    q, k, v, sinks = [*inputs, None][:4]
+    every = {**options, **cumulative(bounds), "sinks": sinks}
+    with mk.use_backend("triton"):
+        out, lse = attention_forward(q, k, v, **every)
+        results = attention_backward(grads[0], q, k, v, out, lse, dlse=grads[1], **every)
+    return [out, lse, *(x for x in results if x is not None)]
+
+
+def theirs(
+    inputs: list[Tensor], grads: list[Tensor], bounds: list[list[int]] | None, options: dict[str, Any]
+) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    q, k, v, sinks = [*leaves, None][:4]
+    out, lse = plain(q, k, v, sinks, bounds, options)
+    finite = torch.where(torch.isfinite(lse), lse, 0.0)
+    loss = (out * grads[0].to(out.dtype)).sum() + (finite * grads[1].to(lse.dtype)).sum()
+    return [out.detach(), lse.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def check(
+    shapes: tuple[Any, ...],
+    options: dict[str, Any] | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    bounds: list[list[int]] | None = None,
+    sinks: bool = False,
+    batch: int = 1,
+) -> None:
+    """Shapes: (queries, keys, heads, key heads, dim); packed if there are bounds."""
+    rows, keys, heads, kv_heads, dim = shapes
+    lead = (batch,) if bounds is None else ()
+    inputs = [random(*lead, rows, heads, dim), *(random(*lead, keys, kv_heads, dim, seed=i) for i in (1, 2))]
+    inputs = [x.to(dtype) for x in inputs] + ([random(heads, seed=3).to(dtype)] if sinks else [])
+    grads = [random(*lead, rows, heads, dim, seed=4).to(dtype), random(*lead, heads, rows, seed=5)]
+    got = ours(inputs, grads, bounds, options or {})
+    same = theirs(inputs, grads, bounds, options or {})
+    truth = theirs([x.double() for x in inputs], [x.double() for x in grads], bounds, options or {})
+    for name, a, b, c in zip(NAMES, got, same, truth, strict=False):
+        # Gradients are differences of sums of `dim` terms, and may cancel to nothing.
+        assert_as_accurate(
+            a, b.to(a.dtype), c, magnitude=dim**0.5 if name.startswith("d") else 0.0, name=name
+        )
+    assert len(got) == len(truth)
+
+
+@pytest.fixture(params=[(16, 32), (32, 16)], ids=["16x32", "32x16"])
+def blocks(request: pytest.FixtureRequest) -> Any:
+    """All kernels with blocks of these sizes instead of 16x16."""
+    rows, columns = request.param
+    with ExitStack() as stack:
+        for tables in (launchers.FORWARD, launchers.DK_DV, launchers.DQ):
+            for table in tables.values():
+                stack.enter_context(override(table.kernel, Launch({"BLOCK_M": rows, "BLOCK_N": columns})))
+        yield
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys", "options"),
+    [
+        (37, 53, {}),
+        (53, 37, {}),
+        (37, 53, {"causal": False}),
+        (53, 53, {"window": 9}),
+        (49, 49, {"window": 9, "causal": False}),
+        (40, 48, {"offset": 21}),
+        (48, 40, {"offset": -19}),
+        (48, 40, {"offset": -90}),
+        (48, 48, {"offset": 13, "window": 20}),
+        (48, 48, {"offset": -13, "window": 20, "causal": False}),
+        (48, 48, {"softcap": 1.5, "scale": 0.7}),
+        (33, 48, {"scale": -0.3}),
+        (33, 48, {"scale": 0.0}),
+    ],
+    ids=str,
+)
+def test_options(rows: int, keys: int, options: dict[str, Any]) -> None:
+    check((rows, keys, 3, 1, 16), options)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 21}], ids=str)
+def test_block_shapes(options: dict[str, Any], blocks: None) -> None:
+    check((75, 70, 2, 1, 16), options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [32, 80, 96, 128])
+def test_half_precision(dtype: torch.dtype, dim: int) -> None:
+    check((33, 33, 3, 1, dim), dtype=dtype)
+
+
+@pytest.mark.parametrize("dim", [5, 20, 72, 256])
+def test_head_dims(dim: int) -> None:
+    check((20, 20, 2, 2, dim))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_sinks(dtype: torch.dtype) -> None:
+    check((35, 35, 3, 1, 16), {"window": 12}, dtype=dtype, sinks=True)
+    check((20, 3, 2, 2, 16), dtype=dtype, sinks=True, batch=2)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "options"),
+    [
+        ([[0, 16, 17, 17, 54, 70]], {}),
+        ([[0, 16, 17, 17, 54, 70]], {"window": 7, "causal": False}),
+        ([[0, 20, 20, 55, 60], [0, 0, 33, 63, 70]], {}),
+        ([[0, 20, 20, 55, 60], [0, 8, 33, 63, 70]], {"offset": 9, "window": 18}),
+    ],
+    ids=str,
+)
+def test_documents(bounds: list[list[int]], options: dict[str, Any]) -> None:
+    check((bounds[0][-1], bounds[-1][-1], 3, 1, 16), options, bounds=bounds, sinks=options == {})
+
+
+def test_max_seqlen_may_be_unknown() -> None:
+    q, bounds = random(50, 2, 16), torch.tensor([0, 17, 50], dtype=torch.int32)
+    with mk.use_backend("triton"):
+        known = mk.attention(q, q, q, cu_seqlens=bounds, max_seqlen=33)
+        unknown = mk.attention(q, q, q, cu_seqlens=bounds)
+    assert torch.equal(known, unknown)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_documents_do_not_leak(dtype: torch.dtype) -> None:
+    """Other contents of one document, non-finite ones too, change no bit of another: outputs and gradients."""
+    inputs = [random(70, heads, 16, seed=i).to(dtype) for i, heads in enumerate((2, 1, 1))]
+    grads = [random(70, 2, 16, seed=4).to(dtype), random(2, 70, seed=5)]
+    results = []
+    for factor in (1.0, -3.0, torch.nan):
+        changed = [x.clone() for x in (*inputs, grads[0])]
+        for x in changed:
+            x[20:45] *= factor
+        results.append(ours(changed[:3], [changed[3], grads[1]], [[0, 20, 45, 60, 70]], {}))
+    others = torch.cat([torch.arange(20), torch.arange(45, 70)])
+    for name, first, *rest in zip(NAMES, *results, strict=False):
+        dim = -1 if name == "lse" else 0
+        assert torch.isfinite(first).all()
+        for other in rest:
+            assert torch.equal(first.index_select(dim, others), other.index_select(dim, others)), name
+
+
+def test_two_runs_have_the_same_bits() -> None:
+    inputs = [random(40, heads, 16, seed=i) for i, heads in enumerate((4, 2, 2))]
+    grads = [random(40, 4, 16, seed=4), random(4, 40, seed=5)]
+    runs = [ours(inputs, grads, [[0, 23, 40]], {"window": 9}) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_views_of_a_fused_projection() -> None:
+    packed = random(2, 20, 4, 16)
+    views = packed.split((2, 1, 1), dim=2)
+    grad = random(2, 16, 20, 2).permute(0, 2, 3, 1), random(2, 2, 20)
+    got = ours(list(views), list(grad), None, {})
+    copied = ours([x.contiguous() for x in views], [x.contiguous() for x in grad], None, {})
+    assert all(a.is_contiguous() and torch.equal(a, b) for a, b in zip(got, copied, strict=True))
+
+
+def test_autograd_and_an_expanded_gradient() -> None:
+    results = []
+    for backend in ("triton", "reference"):
+        q = random(1, 18, 2, 16).requires_grad_()
+        with mk.use_backend(backend):
+            mk.attention(q, q, q).sum().backward()
+        results.append(q.grad)
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize(("rows", "keys"), [(0, 5), (5, 0), (0, 0)])
+def test_empty(rows: int, keys: int) -> None:
+    q, k = random(1, rows, 2, 16), random(1, keys, 2, 16)
+    got = ours([q, k, k], [q, random(1, 2, rows)], None, {"causal": False})
+    assert [x.shape for x in got] == [q.shape, (1, 2, rows), q.shape, k.shape, k.shape]
+    assert all((x == 0).all() for i, x in enumerate(got) if i != 1)
+    assert (got[1] == -torch.inf).all()
+
+
+def test_wide_heads_are_refused_with_the_reason() -> None:
+    q = random(1, 3, 1, 257)
+    with mk.use_backend("triton"), pytest.raises(ValueError, match="takes head dims up to 256, not 257"):
+        mk.attention(q, q, q)
+
+
+def test_sections_and_last_first_own_each_tile_once() -> None:
+    """With fewer pairs to a section than there are, the last one short."""
+    q = random(3, 40, 2, 16)
+    with mk.use_backend("triton"):
+        whole = mk.attention(q, q, q)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launchers, "SECTION_BYTES", 2 * 40 * 2 * 16 * 4)
+            sections = mk.attention(q, q, q)
+    assert torch.equal(whole, sections)
