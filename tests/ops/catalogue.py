@@ -1,8 +1,14 @@
-"""What the op tests share: backends, dtypes, and the comparison with plain torch and float64."""
+"""What the op tests share: backends, dtypes, and the comparison with plain torch and float64.
+
+MEGALITE_TEST_DEVICE=cuda runs them on a GPU: every tensor is made there (conftest.py sets torch's default device),
+and the Triton kernels take the place of the native library. "interpreter" does so on the CPU, in Triton's
+interpreter (with TRITON_INTERPRET=1).
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,10 +18,20 @@ from torch import Tensor
 
 from megalite_kernels.testing import assert_as_accurate, results_and_grads
 
+WHERE = os.environ.get("MEGALITE_TEST_DEVICE", "cpu")
+DEVICE = "cpu" if WHERE == "interpreter" else WHERE
 NATIVE = importlib.util.find_spec("megalite_kernels._C") is not None
-needs_native = pytest.mark.skipif(not NATIVE, reason="megalite_kernels._C is not built")
+cpu_only = pytest.mark.skipif(WHERE != "cpu", reason=f"tests the CPU, and this run is about {WHERE}")
+needs_native = pytest.mark.skipif(
+    not NATIVE or WHERE != "cpu", reason="megalite_kernels._C is not built, or this run is not about the CPU"
+)
 
 BACKENDS = [pytest.param("reference"), pytest.param("cpu", marks=needs_native)]
+RAW_BACKENDS = ("reference", "cpu", "sdpa")
+"""Whose functions the default device's tensors can be given to directly."""
+if WHERE != "cpu":
+    BACKENDS = [pytest.param("reference"), pytest.param("triton")]
+    RAW_BACKENDS = ("reference", "triton")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -44,4 +60,9 @@ def check(
 
 def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
     """Normal random numbers, the same in every run."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+    return torch.randn(*shape, generator=generator(seed), device="cpu").to(DEVICE) * scale
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    """Of the CPU, so that numbers are the same on every device: pass device="cpu" with it."""
+    return torch.Generator("cpu").manual_seed(seed)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import megalite_kernels as mk
-from tests.ops.catalogue import BACKENDS, DTYPES, check, needs_native, random
+from tests.ops.catalogue import BACKENDS, DTYPES, check, cpu_only, needs_native, random
 
-ALL = [*BACKENDS, pytest.param("sdpa")]
+ALL = [*BACKENDS, pytest.param("sdpa", marks=cpu_only)]
 
 
 def plain(

@@ -12,7 +12,7 @@ from torch import Tensor
 import megalite_kernels as mk
 from megalite_kernels import backend as backends
 from megalite_kernels.ops.attention import attention_backward, attention_forward
-from tests.ops.catalogue import BACKENDS, needs_native, random
+from tests.ops.catalogue import BACKENDS, cpu_only, needs_native, random
 
 CASES = [
     pytest.param({"causal": True}, id="causal"),
@@ -180,6 +180,7 @@ def test_documents_with_keys_only_or_queries_only(backend: str) -> None:
     torch.testing.assert_close(out[None, :4], alone)
 
 
+@cpu_only
 @pytest.mark.parametrize("offset", [3, 40])
 def test_sdpa_takes_offsets(offset: int) -> None:
     q, k, v, dout = (random(2, 40, 2, 16, seed=i) for i in range(4))
@@ -192,6 +193,7 @@ def test_sdpa_takes_offsets(offset: int) -> None:
         torch.testing.assert_close(ours, right, rtol=1e-5, atol=1e-5)
 
 
+@cpu_only
 def test_packed_offsets_under_sdpa() -> None:
     q, k, v = (random(30, 2, 8, seed=i) for i in range(3))
     bounds = torch.tensor([0, 5, 11, 30], dtype=torch.int32)

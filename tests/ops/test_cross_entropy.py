@@ -11,7 +11,7 @@ from torch import Tensor
 
 import megalite_kernels as mk
 from megalite_kernels.reference import linear_cross_entropy as plan
-from tests.ops.catalogue import BACKENDS, DTYPES, check, random
+from tests.ops.catalogue import BACKENDS, DEVICE, DTYPES, check, generator, random
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -24,7 +24,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 def targets(rows: int, classes: int) -> Tensor:
     """Random classes, with the first, the last and an ignored one among them."""
-    target = torch.randint(0, classes, (rows,), generator=torch.Generator().manual_seed(7))
+    target = torch.randint(0, classes, (rows,), generator=generator(7), device="cpu").to(DEVICE)
     target[0], target[-1] = classes - 1, 0
     if rows > 2:
         target[1] = -100

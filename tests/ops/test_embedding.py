@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 
 import megalite_kernels as mk
-from tests.ops.catalogue import BACKENDS, DTYPES, check, random
+from tests.ops.catalogue import BACKENDS, DEVICE, DTYPES, check, generator, random
 
 SHAPES = [(1, 1, 1), (2, 7, 13), (64, 5, 64), (509, 300, 96)]
 
 
 def tokens(count: int, rows: int) -> torch.Tensor:
     """Ids with many repetitions and, where there is room, rows that no token has."""
-    generator = torch.Generator().manual_seed(0)
-    return (torch.rand(count, generator=generator).square() * rows).long()
+    uniform = torch.rand(count, generator=generator(), device="cpu").to(DEVICE)
+    return (uniform.square() * rows).long()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -96,5 +96,6 @@ def test_errors_name_value_and_limit() -> None:
         mk.embedding(ids, weight[0])
     with pytest.raises(ValueError, match=r"main_grad has shape \[8, 5\], but weight needs \[5, 8\]"):
         mk.embedding(ids, weight, main_grad=torch.zeros(8, 5))
-    with pytest.raises(IndexError):
-        mk.embedding(ids + 5, weight)
+    if DEVICE == "cpu":  # a GPU's own check stops the process
+        with pytest.raises(IndexError):
+            mk.embedding(ids + 5, weight)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import megalite_kernels as mk
 from megalite_kernels import backend
-from tests.ops.catalogue import random
+from tests.ops.catalogue import RAW_BACKENDS, random
 
 X, WEIGHT, TABLE = random(6, 16), random(16, seed=1), random(6, 4, seed=2)
 Q, KV = random(6, 4, 8), random(6, 2, 8, seed=1)
@@ -92,7 +92,7 @@ def test_fake_and_every_backend_agree_on_shapes_dtypes_and_strides(name: str) ->
         return [(t.shape, t.dtype, t.stride()) for t in tensors if isinstance(t, Tensor)]
 
     found = []
-    for chosen in ("reference", "cpu", "sdpa"):
+    for chosen in RAW_BACKENDS:
         implementation = backend._implementations[name].get(chosen)
         if implementation is not None and (function := implementation.load()) is not None:
             arguments = [a.clone() if isinstance(a, Tensor) else a for a in CALLS[name]]

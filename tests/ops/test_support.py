@@ -14,7 +14,7 @@ from megalite_kernels.contract import CONTRACTS
 from megalite_kernels.nn import LayerNorm, LinearCrossEntropy, RMSNorm, SwiGLU
 from megalite_kernels.testing import assert_as_accurate
 from megalite_kernels.timing import measure
-from tests.ops.catalogue import random
+from tests.ops.catalogue import DEVICE, random
 
 
 def test_norm_modules_take_torchs_weights() -> None:
@@ -51,11 +51,12 @@ def test_every_public_op_has_a_contract_and_a_case() -> None:
     assert {case.op for case in CASES.values()} == set(CONTRACTS)
 
 
+@pytest.mark.parametrize("backend", ["reference", None])
 @pytest.mark.parametrize("name", CASES)
-def test_a_case_keeps_its_contract(name: str) -> None:
+def test_a_case_keeps_its_contract(name: str, backend: str | None) -> None:
     case = CASES[name]
     for dtype in case.dtypes:
-        found = check_case(case, dtype, backend="reference")
+        found = check_case(case, dtype, DEVICE, backend=backend)
         assert all(one.kept for one in found.values()), found
         assert any(one.startswith("grad") for one in found) or not case.grads or case.written
 
@@ -64,7 +65,7 @@ def test_a_case_keeps_its_contract(name: str) -> None:
 def test_a_case_counts_its_work(name: str) -> None:
     """Bytes are at least those of inputs, outputs and gradients, each once, and at most 1.2 times those."""
     case = CASES[name]
-    inputs = case.make(case.check, torch.Generator().manual_seed(0)).to(torch.float32)
+    inputs = case.make(case.check, torch.Generator(DEVICE).manual_seed(0)).to(torch.float32)
     work = case.work(case.check, 4)
     assert work.forward_flops > 0
     assert (work.backward_bytes > 0) == case.grads
