@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megalite_kernels._library import define
-from megalite_kernels.backend import register
+from megalite_kernels.backend import register, register_lazy
 from megalite_kernels.ops import checks
 from megalite_kernels.ops.linear_cross_entropy_local import check_main_grad
+from megalite_kernels.ops.triton_support import TRITON, triton_supports
 
 
 def linear(
@@ -58,6 +59,13 @@ _accumulate_ = define(
     "linear_weight_grad_(Tensor dy, Tensor x, Tensor(a!) main_grad) -> ()", fake=lambda dy, x, main_grad: None
 )
 register("linear_weight_grad_", "reference", accumulate_)
+register_lazy(
+    "linear_weight_grad_",
+    "triton",
+    "megalite_kernels.triton.linear:accumulate_",
+    requires=TRITON,
+    supports=triton_supports,
+)
 
 
 class _MainGradLinear(torch.autograd.Function):
