@@ -18,6 +18,7 @@ from megalite_kernels.ops.linear import linear
 from megalite_kernels.ops.linear_cross_entropy import linear_cross_entropy
 from megalite_kernels.ops.rms_norm import rms_norm
 from megalite_kernels.ops.rope import rope, rope_
+from megalite_kernels.patch import patch, patched, unpatch
 
 __all__ = [
     "adamw_",
@@ -31,10 +32,13 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "patch",
+    "patched",
     "relu_squared",
     "rms_norm",
     "rope",
     "rope_",
     "swiglu",
+    "unpatch",
     "use_backend",
 ]
