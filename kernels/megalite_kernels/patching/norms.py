@@ -12,12 +12,13 @@ from megalite_kernels.ops.rms_norm import rms_norm
 from megalite_kernels.patching.check import Inputs, random_input
 from megalite_kernels.patching.common import Proposal, floats_named, plain, takes_one_input
 from megalite_kernels.patching.swap import Methods, Spec, one_input
+from megalite_kernels.reference.common import wide_dtype
 
 USUAL_EPS = (1e-5, 1e-6, 1e-8, 1e-12, 0.0)
 """Tried where the module keeps its eps in no attribute."""
 
 DTYPE_EPS = -1.0
-"""Stands for torch's `eps=None`: the smallest step of the input's dtype at 1."""
+"""Stands for torch's `eps=None`: the spacing at 1 of the dtype that torch computes in."""
 
 ROWS = 24
 
@@ -60,7 +61,7 @@ class LayerNormSpec(Spec):
 
 
 def _eps(eps: float, x: Tensor) -> float:
-    return torch.finfo(x.dtype).eps if eps == DTYPE_EPS else eps
+    return torch.finfo(wide_dtype(x)).eps if eps == DTYPE_EPS else eps
 
 
 def propose(module: nn.Module) -> Proposal | None:
