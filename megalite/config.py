@@ -36,6 +36,18 @@ def _positive(owner: object, *names: str) -> None:
         _require(value > 0, f"{_label(owner)}.{name}={value} must be greater than 0")
 
 
+def _require_divides(name: str, degree: int, size: int, what: str) -> None:
+    divisors = [d for d in range(1, size + 1) if size % d == 0]
+    lower, upper = (
+        max(d for d in divisors if d <= degree),
+        min((d for d in divisors if d >= degree), default=size),
+    )
+    _require(
+        size % degree == 0,
+        f"parallel.{name}={degree} must divide {what}={size}: the nearest that do are {lower} and {upper}",
+    )
+
+
 def _not_negative(owner: object, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
@@ -244,15 +256,56 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
-    """How the run is spread over processes. dp follows from the number of processes."""
+    """How the run is spread over processes: dp follows from their number, dp = processes / (tp · cp · pp)."""
 
+    tp: int = 1
+    """Ranks that split the matrices of every layer (tensor parallel)."""
+    sequence_parallel: bool = True
+    """With tp > 1: norms and residual stream are split over the same ranks, by tokens."""
+    cp: int = 1
+    """Ranks that split the tokens of every sequence (context parallel)."""
+    pp: int = 1
+    """Ranks that split the layers (pipeline parallel)."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """Collective library; auto is nccl on GPUs and gloo on CPUs."""
     timeout_s: float = 600.0
     """Seconds a collective may wait before the run is ended with an error."""
 
     def __post_init__(self) -> None:
-        _positive(self, "timeout_s")
+        _positive(self, "tp", "cp", "pp", "timeout_s")
+
+    def dp_size(self, world_size: int) -> int:
+        """Data-parallel ranks among `world_size` processes.
+
+        Raises:
+            UserError: the processes do not divide into whole replicas of the model.
+        """
+        replica = self.tp * self.cp * self.pp
+        below, above = world_size // replica * replica, -(-world_size // replica) * replica
+        _require(
+            world_size % replica == 0,
+            f"parallel.tp={self.tp} · cp={self.cp} · pp={self.pp} needs a multiple of {replica} processes, not "
+            f"{world_size}: start {f'{below} or ' if below else ''}{above}",
+        )
+        return world_size // replica
+
+    def validate_model(self, model: ModelConfig) -> None:
+        """Check that the model can be cut this way.
+
+        Raises:
+            UserError: naming the degree, the size it does not divide, and the nearest degrees that do.
+        """
+        heads, kv_heads = model.num_attention_heads, model.kv_heads
+        _require_divides("tp", self.tp, heads, "model.num_attention_heads")
+        _require_divides("tp", self.tp, model.ffn_hidden_size, "model.ffn_hidden_size")
+        _require(
+            kv_heads % self.tp == 0 or self.tp % kv_heads == 0,
+            f"parallel.tp={self.tp} must divide model.num_key_value_heads={kv_heads} or be a multiple of it",
+        )
+        _require(
+            self.pp <= model.num_layers,
+            f"parallel.pp={self.pp} must be at most model.num_layers={model.num_layers}: a stage needs a layer",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

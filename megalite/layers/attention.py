@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import megalite_kernels as kernels
 from megalite.layers.cache import LayerCache
-from megalite.layers.linear import Linear
+from megalite.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.parallel.pieces import Init, Piece, whole
+from megalite.parallel.tensor import UNSPLIT, Shard, TensorSplit
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,8 @@ class Context:
     """[segments + 1] int32: where each document of a packed batch starts; None for [B, S] batches."""
     max_seqlen: int | None = None
     """Longest document of a packed batch."""
+    split: TensorSplit | None = None
+    """How the tokens of the activations between the cut layers lie; None: as the layers were made."""
 
 
 class HeadNorm(nn.Module):
@@ -54,6 +57,7 @@ class Attention(nn.Module):
         qkv_bias, output_bias: biases of the projections.
         qk_norm_eps: normalise each query and key head with this eps; None does not.
         std, output_std: standard deviations of the initial weights.
+        split: heads are divided over its axis; with fewer key/value heads than ranks, neighbours share one.
 
     Source: Vaswani et al., arXiv 1706.03762; Ainslie et al., arXiv 2305.13245 (grouped heads).
     """
@@ -61,6 +65,7 @@ class Attention(nn.Module):
     def __init__(
         self,
         hidden_size: int,
+        split: TensorSplit = UNSPLIT,
         *,
         num_attention_heads: int,
         num_key_value_heads: int,
@@ -76,31 +81,39 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = head_dim
         self.window = window or None
-        self.q_size = num_attention_heads * head_dim
-        self.kv_size = num_key_value_heads * head_dim
-        qkv = {"q_proj": self.q_size, "k_proj": self.kv_size, "v_proj": self.kv_size}
-        self.qkv_proj = Linear(hidden_size, qkv, bias=qkv_bias, std=std, split="column", **factory)
-        output = {"o_proj": hidden_size}
-        self.o_proj = Linear(self.q_size, output, bias=output_bias, std=output_std, split="row", **factory)
+        q = Shard.heads(num_attention_heads, head_dim, split.axis)
+        kv = Shard.heads(num_key_value_heads, head_dim, split.axis)
+        self.q_size, self.kv_size = q.size, kv.size
+        qkv = {"q_proj": q, "k_proj": kv, "v_proj": kv}
+        self.qkv_proj = ColumnParallelLinear(hidden_size, qkv, split, bias=qkv_bias, std=std, **factory)
+        self.o_proj = RowParallelLinear(
+            q, hidden_size, split, name="o_proj", bias=output_bias, std=output_std, **factory
+        )
         self.q_norm = self.k_norm = None
         if qk_norm_eps is not None:
             self.q_norm = HeadNorm(head_dim, qk_norm_eps, **factory)
             self.k_norm = HeadNorm(head_dim, qk_norm_eps, **factory)
 
     def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
-        """[B, S, H] → [B, S, H], or packed [T, H] → [T, H].
+        """[B, S, H] → [B, S, H], or packed [T, H] → [T, H] (of this rank's tokens with `split.sequence`).
 
         With a cache the S tokens follow those already in it, and attend to them too.
         """
-        qkv = self.qkv_proj(x).split((self.q_size, self.kv_size, self.kv_size), dim=-1)
+        qkv = self.qkv_proj(x, context.split).split((self.q_size, self.kv_size, self.kv_size), dim=-1)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if context.rotary is not None:
-            q, k = kernels.rope(q, k, *context.rotary)
+        q, k = self._place(q, k, context.rotary)
         if cache is not None:
             k, v = cache.append(k, v)
         out = kernels.attention(
             q, k, v, window=self.window, cu_seqlens=context.cu_seqlens, max_seqlen=context.max_seqlen
         )
-        return self.o_proj(out.flatten(-2))
+        return self.o_proj(out.flatten(-2), context.split)
+
+    def _place(self, q: Tensor, k: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Head norms and rotation, both optional, in one pass where there are both."""
+        if self.q_norm is None or self.k_norm is None:
+            return (q, k) if rotary is None else kernels.rope(q, k, *rotary)
+        if rotary is None:
+            return self.q_norm(q), self.k_norm(k)
+        q_weight, k_weight = self.q_norm.weight, self.k_norm.weight
+        return kernels.rope(q, k, *rotary, q_norm=q_weight, k_norm=k_weight, norm_eps=self.q_norm.eps)

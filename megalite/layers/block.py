@@ -37,4 +37,4 @@ class Block(nn.Module):
         x, residual = self.attention_norm(x, residual)
         x = self.attention(x, context, cache)
         x, residual = self.mlp_norm(x, residual)
-        return self.mlp(x), residual
+        return self.mlp(x, context.split), residual

@@ -7,47 +7,83 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+import megalite_kernels as kernels
 from megalite.parallel.pieces import Init, Piece, TensorParallel, whole
+from megalite.parallel.tensor import UNSPLIT, TensorSplit, vocab_embedding
 
 
-class Embedding(nn.Module):
-    """One row of `weight` for each index; also serves as the output head, which reads the same matrix.
+class VocabParallelEmbedding(nn.Module):
+    """One row of `weight` for each token id; also serves as the output head, which reads the same matrix.
 
     Args:
-        num_rows: true number of rows (V, or the number of positions).
+        vocab_size: true number of rows (V).
         hidden_size: row size (H).
+        split: each rank holds an even part of the padded rows.
+        padded_rows: rows of all ranks together; those beyond `vocab_size` stay zero and are in no file.
         std: standard deviation of the initial weights.
-        padded_rows: rows held in memory; those beyond `num_rows` stay zero and are in no file.
-        tp: how the rows live under tensor parallelism.
     """
 
     def __init__(
         self,
-        num_rows: int,
+        vocab_size: int,
         hidden_size: int,
+        split: TensorSplit = UNSPLIT,
         *,
+        padded_rows: int,
         std: float,
-        padded_rows: int = 0,
-        tp: TensorParallel = "replicated",
         **factory: Any,
     ) -> None:
         super().__init__()
-        self.num_rows = num_rows
+        self.vocab_size = vocab_size
+        self.split = split
         self.std = std
-        self.tp: TensorParallel = tp
-        self.weight = nn.Parameter(torch.empty(padded_rows or num_rows, hidden_size, **factory))
+        rows = split.axis.shard(padded_rows)
+        self.first_row = rows.start
+        self.valid_rows = max(0, min(vocab_size, rows.stop) - rows.start)
+        self.weight = nn.Parameter(torch.empty(rows.stop - rows.start, hidden_size, **factory))
 
     def declare_pieces(self, path: str) -> Iterator[tuple[str, Piece]]:
-        shape = (self.num_rows, self.weight.shape[1])
-        yield "weight", whole(f"{path}.weight", shape, Init.normal(self.std), tp=self.tp, decay=True)
+        shape = (self.vocab_size, self.weight.shape[1])
+        offset, rows = (min(self.first_row, self.vocab_size), 0), (0, self.valid_rows)
+        yield (
+            "weight",
+            Piece(f"{path}.weight", shape, offset, rows, "sharded", Init.normal(self.std), decay=True),
+        )
 
     @property
     def rows(self) -> Tensor:
-        """The true rows of the matrix, without padding: [V, H]."""
-        return self.weight[: self.num_rows]
+        """The true rows that this rank holds, without padding: [valid_rows, H]."""
+        return self.weight[: self.valid_rows]
 
-    def forward(self, indices: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, split: TensorSplit | None = None) -> Tensor:
+        """[...] int64 → [..., H]; `split` says how the tokens of the result lie."""
+        return vocab_embedding(ids, self.weight, self.first_row, split or self.split)
+
+
+class PositionEmbedding(nn.Module):
+    """One row of `weight` for each position (GPT-2); the same on all ranks."""
+
+    def __init__(
+        self,
+        max_positions: int,
+        hidden_size: int,
+        split: TensorSplit = UNSPLIT,
+        *,
+        std: float,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        self.split = split
+        self.std = std
+        self.weight = nn.Parameter(torch.empty(max_positions, hidden_size, **factory))
+
+    def declare_pieces(self, path: str) -> Iterator[tuple[str, Piece]]:
+        # With sequence parallelism a rank's gradient comes from its own tokens only.
+        tp: TensorParallel = "partial" if self.split.sequence else "replicated"
+        shape = tuple(self.weight.shape)
+        yield "weight", whole(f"{path}.weight", shape, Init.normal(self.std), tp=tp, decay=True)
+
+    def forward(self, positions: Tensor) -> Tensor:
         """[...] int64 → [..., H]."""
-        return F.embedding(indices, self.weight)
+        return kernels.embedding(positions, self.weight)

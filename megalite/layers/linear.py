@@ -3,56 +3,113 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import megalite_kernels as kernels
-from megalite.parallel.pieces import Init, Piece, TensorParallel, whole
+from megalite.parallel.pieces import Init, Piece, TensorParallel
+from megalite.parallel.tensor import Shard, TensorSplit, column_linear, row_linear
 
 
-class Linear(nn.Module):
-    """y = x @ weight.T + bias, the rows of `weight` being those of all `outputs` in turn.
+class ColumnParallelLinear(nn.Module):
+    """y = x @ weight.T + bias; `weight` holds this rank's rows of all `outputs` in turn.
 
     Args:
         in_features: size of the input's last dim.
-        outputs: name → rows of each projection; canonical names are `<parent>.<name>.weight` and `.bias`.
+        outputs: name → this rank's rows of each projection; canonical names are `<parent>.<name>.weight` and
+            `.bias`.
+        split: how the layer is cut; without an axis every shard is whole.
         bias: add a bias.
         std: standard deviation of the initial weights.
-        split: which dim tensor parallelism cuts: "column" the outputs, "row" the inputs.
     """
 
     def __init__(
         self,
         in_features: int,
-        outputs: Mapping[str, int],
+        outputs: Mapping[str, Shard],
+        split: TensorSplit,
         *,
         bias: bool,
         std: float,
-        split: Literal["column", "row"],
         **factory: Any,
     ) -> None:
         super().__init__()
         self.outputs = dict(outputs)
-        self.std = std
         self.split = split
-        self.weight = nn.Parameter(torch.empty(sum(outputs.values()), in_features, **factory))
-        self.bias = nn.Parameter(torch.empty(sum(outputs.values()), **factory)) if bias else None
+        self.std = std
+        rows = sum(shard.size for shard in outputs.values())
+        self.weight = nn.Parameter(torch.empty(rows, in_features, **factory))
+        self.bias = nn.Parameter(torch.empty(rows, **factory)) if bias else None
 
     def declare_pieces(self, path: str) -> Iterator[tuple[str, Piece]]:
         parent = path.rpartition(".")[0]
-        bias_tp: TensorParallel = "sharded" if self.split == "column" else "replicated"
         normal, zeros = Init.normal(self.std), Init.zeros()
-        first = 0
-        for output, rows in self.outputs.items():
+        first, columns = 0, self.weight.shape[1]
+        for output, shard in self.outputs.items():
             name = f"{parent}.{output}" if parent else output
-            shape = (rows, self.weight.shape[1])
-            yield "weight", whole(f"{name}.weight", shape, normal, tp="sharded", decay=True, first_row=first)
+            rows = (first, first + shard.size)
+            tp: TensorParallel = "partial" if shard.shared else "sharded"
+            yield (
+                "weight",
+                Piece(
+                    f"{name}.weight", (shard.total, columns), (shard.start, 0), rows, tp, normal, decay=True
+                ),
+            )
             if self.bias is not None:
-                yield "bias", whole(f"{name}.bias", (rows,), zeros, tp=bias_tp, decay=False, first_row=first)
-            first += rows
+                yield (
+                    "bias",
+                    Piece(f"{name}.bias", (shard.total,), (shard.start,), rows, tp, zeros, decay=False),
+                )
+            first += shard.size
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] → [..., out]."""
-        return kernels.linear(x, self.weight, bias=self.bias)
+    def forward(self, x: Tensor, split: TensorSplit | None = None) -> Tensor:
+        """[..., in] → [..., rows]; `split` says how the tokens of x lie, by default as the layer was made."""
+        return column_linear(x, self.weight, self.bias, split or self.split)
+
+
+class RowParallelLinear(nn.Module):
+    """y = x @ weight.T + bias, summed over the ranks; `weight` holds this rank's columns.
+
+    Args:
+        inputs: this rank's part of the input's last dim.
+        out_features: size of the output's last dim.
+        name: canonical name is `<parent>.<name>`.
+        split, bias, std: as in `ColumnParallelLinear`; the bias is the same on all ranks and added once.
+    """
+
+    def __init__(
+        self,
+        inputs: Shard,
+        out_features: int,
+        split: TensorSplit,
+        *,
+        name: str,
+        bias: bool,
+        std: float,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        self.inputs, self.name = inputs, name
+        self.split = split
+        self.std = std
+        self.weight = nn.Parameter(torch.empty(out_features, inputs.size, **factory))
+        self.bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None
+
+    def declare_pieces(self, path: str) -> Iterator[tuple[str, Piece]]:
+        parent = path.rpartition(".")[0]
+        name = f"{parent}.{self.name}" if parent else self.name
+        rows = (0, self.weight.shape[0])
+        shape, offset = (rows[1], self.inputs.total), (0, self.inputs.start)
+        yield (
+            "weight",
+            Piece(f"{name}.weight", shape, offset, rows, "sharded", Init.normal(self.std), decay=True),
+        )
+        if self.bias is not None:
+            # With sequence parallelism a rank adds it to its own tokens only.
+            tp: TensorParallel = "partial" if self.split.sequence else "replicated"
+            yield "bias", Piece(f"{name}.bias", rows[1:], (0,), rows, tp, Init.zeros(), decay=False)
+
+    def forward(self, x: Tensor, split: TensorSplit | None = None) -> Tensor:
+        """[..., in / tp] → [..., out]; `split` says how the tokens of the output lie."""
+        return row_linear(x, self.weight, self.bias, split or self.split)

@@ -8,7 +8,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 import megalite_kernels as kernels
-from megalite.layers.linear import Linear
+from megalite.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megalite.parallel.tensor import UNSPLIT, Shard, TensorSplit
 
 Activation = Literal["swiglu", "geglu", "gelu_tanh", "relu2"]
 
@@ -26,6 +27,7 @@ class GatedMLP(nn.Module):
         self,
         hidden_size: int,
         ffn_hidden_size: int,
+        split: TensorSplit = UNSPLIT,
         *,
         activation: Activation,
         bias: bool,
@@ -35,14 +37,16 @@ class GatedMLP(nn.Module):
     ) -> None:
         super().__init__()
         self.activation = _GATED[activation]
-        gate_up = {"gate_proj": ffn_hidden_size, "up_proj": ffn_hidden_size}
-        self.gate_up_proj = Linear(hidden_size, gate_up, bias=bias, std=std, split="column", **factory)
-        down = {"down_proj": hidden_size}
-        self.down_proj = Linear(ffn_hidden_size, down, bias=bias, std=down_std, split="row", **factory)
+        shard = Shard.even(ffn_hidden_size, split.axis)
+        gate_up = {"gate_proj": shard, "up_proj": shard}
+        self.gate_up_proj = ColumnParallelLinear(hidden_size, gate_up, split, bias=bias, std=std, **factory)
+        self.down_proj = RowParallelLinear(
+            shard, hidden_size, split, name="down_proj", bias=bias, std=down_std, **factory
+        )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., H] → [..., H]."""
-        return self.down_proj(self.activation(self.gate_up_proj(x)))
+    def forward(self, x: Tensor, split: TensorSplit | None = None) -> Tensor:
+        """[..., H] → [..., H]; `split` says how the tokens lie, by default as the layer was made."""
+        return self.down_proj(self.activation(self.gate_up_proj(x, split)), split)
 
 
 class MLP(nn.Module):
@@ -52,6 +56,7 @@ class MLP(nn.Module):
         self,
         hidden_size: int,
         ffn_hidden_size: int,
+        split: TensorSplit = UNSPLIT,
         *,
         activation: Activation,
         bias: bool,
@@ -61,11 +66,14 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         self.activation = _PLAIN[activation]
-        up = {"up_proj": ffn_hidden_size}
-        self.up_proj = Linear(hidden_size, up, bias=bias, std=std, split="column", **factory)
-        down = {"down_proj": hidden_size}
-        self.down_proj = Linear(ffn_hidden_size, down, bias=bias, std=down_std, split="row", **factory)
+        shard = Shard.even(ffn_hidden_size, split.axis)
+        self.up_proj = ColumnParallelLinear(
+            hidden_size, {"up_proj": shard}, split, bias=bias, std=std, **factory
+        )
+        self.down_proj = RowParallelLinear(
+            shard, hidden_size, split, name="down_proj", bias=bias, std=down_std, **factory
+        )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., H] → [..., H]."""
-        return self.down_proj(self.activation(self.up_proj(x)))
+    def forward(self, x: Tensor, split: TensorSplit | None = None) -> Tensor:
+        """[..., H] → [..., H]; `split` says how the tokens lie, by default as the layer was made."""
+        return self.down_proj(self.activation(self.up_proj(x, split)), split)

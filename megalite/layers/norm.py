@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import megalite_kernels as kernels
-from megalite.parallel.pieces import Init, Piece, whole
+from megalite.parallel.pieces import Init, Piece, TensorParallel, whole
+from megalite.parallel.tensor import UNSPLIT, TensorSplit
 
 
 class RMSNorm(nn.Module):
@@ -18,14 +19,15 @@ class RMSNorm(nn.Module):
     Source: Zhang & Sennrich, arXiv 1910.07467.
     """
 
-    def __init__(self, hidden_size: int, eps: float, **factory: Any) -> None:
+    def __init__(self, hidden_size: int, eps: float, split: TensorSplit = UNSPLIT, **factory: Any) -> None:
         super().__init__()
         self.eps = eps
+        self.tp: TensorParallel = "partial" if split.sequence else "replicated"
         self.weight = nn.Parameter(torch.empty(hidden_size, **factory))
 
     def declare_pieces(self, path: str) -> Iterator[tuple[str, Piece]]:
         shape = tuple(self.weight.shape)
-        yield "weight", whole(f"{path}.weight", shape, Init.ones(), tp="replicated", decay=False)
+        yield "weight", whole(f"{path}.weight", shape, Init.ones(), tp=self.tp, decay=False)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (norm(x + residual), x + residual); without a residual, (norm(x), x)."""
@@ -40,16 +42,17 @@ class LayerNorm(nn.Module):
     Source: Ba, Kiros & Hinton, arXiv 1607.06450.
     """
 
-    def __init__(self, hidden_size: int, eps: float, **factory: Any) -> None:
+    def __init__(self, hidden_size: int, eps: float, split: TensorSplit = UNSPLIT, **factory: Any) -> None:
         super().__init__()
         self.eps = eps
+        self.tp: TensorParallel = "partial" if split.sequence else "replicated"
         self.weight = nn.Parameter(torch.empty(hidden_size, **factory))
         self.bias = nn.Parameter(torch.empty(hidden_size, **factory))
 
     def declare_pieces(self, path: str) -> Iterator[tuple[str, Piece]]:
         shape = tuple(self.weight.shape)
-        yield "weight", whole(f"{path}.weight", shape, Init.ones(), tp="replicated", decay=False)
-        yield "bias", whole(f"{path}.bias", shape, Init.zeros(), tp="replicated", decay=False)
+        yield "weight", whole(f"{path}.weight", shape, Init.ones(), tp=self.tp, decay=False)
+        yield "bias", whole(f"{path}.bias", shape, Init.zeros(), tp=self.tp, decay=False)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (norm(x + residual), x + residual); without a residual, (norm(x), x)."""

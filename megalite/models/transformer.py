@@ -14,10 +14,13 @@ from megalite.errors import UserError
 from megalite.layers.attention import Attention, Context
 from megalite.layers.block import Block
 from megalite.layers.cache import LayerCache
-from megalite.layers.embedding import Embedding
+from megalite.layers.embedding import PositionEmbedding, VocabParallelEmbedding
 from megalite.layers.mlp import MLP, GatedMLP
 from megalite.layers.norm import NORMS
 from megalite.layers.rope import rope_frequencies, rope_tables, stretch_linear, stretch_llama3
+from megalite.parallel.collectives import all_gather
+from megalite.parallel.loss import vocab_parallel_losses
+from megalite.parallel.tensor import UNSPLIT, TensorSplit, own_tokens
 
 
 class Transformer(nn.Module):
@@ -30,6 +33,7 @@ class Transformer(nn.Module):
 
     Args:
         config: shape and ingredients; `vocab_size` must be set.
+        split: how the layers are cut over tensor-parallel ranks; the default cuts nothing.
         dtype: of the parameters and so of the computation; norms, softmax and loss accumulate in float32.
         device: where the parameters are; "meta" allocates nothing.
     """
@@ -37,6 +41,7 @@ class Transformer(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
+        split: TensorSplit = UNSPLIT,
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
@@ -49,26 +54,26 @@ class Transformer(nn.Module):
             )
         factory: dict[str, Any] = {"dtype": dtype, "device": device}
         hidden, std = config.hidden_size, config.init_std
-        vocabulary: dict[str, Any] = {"padded_rows": config.padded_vocab_size, "tp": "sharded", "std": std}
+        padded = -(-config.padded_vocab_size // split.axis.size) * split.axis.size
+        vocabulary: dict[str, Any] = {"padded_rows": padded, "std": std}
         self.config = config
-        self.embedding = Embedding(config.vocab_size, hidden, **vocabulary, **factory)
+        self.split = split
+        self.embedding = VocabParallelEmbedding(config.vocab_size, hidden, split, **vocabulary, **factory)
         self.position_embedding = None
         if config.position == "learned":
             positions = config.max_position_embeddings
-            self.position_embedding = Embedding(positions, hidden, std=std, **factory)
-        self.layers = nn.ModuleList(build_block(config, i, **factory) for i in range(config.num_layers))
-        self.final_norm = NORMS[config.norm](hidden, config.norm_eps, **factory)
+            self.position_embedding = PositionEmbedding(positions, hidden, split, std=std, **factory)
+        self.layers = nn.ModuleList(
+            build_block(config, i, split, **factory) for i in range(config.num_layers)
+        )
+        self.final_norm = NORMS[config.norm](hidden, config.norm_eps, split, **factory)
         self.head = None
         if not config.tie_word_embeddings:
-            self.head = Embedding(config.vocab_size, hidden, **vocabulary, **factory)
+            self.head = VocabParallelEmbedding(config.vocab_size, hidden, split, **vocabulary, **factory)
 
     @property
-    def head_weight(self) -> Tensor:
-        """[V, H] matrix of the output head, without padding rows."""
-        return self._output.rows
-
-    @property
-    def _output(self) -> Embedding:
+    def output(self) -> VocabParallelEmbedding:
+        """What holds the output head's matrix: the embedding where the weights are tied."""
         return self.embedding if self.head is None else self.head
 
     def forward(
@@ -91,7 +96,7 @@ class Transformer(nn.Module):
             cache: from `new_cache`; the tokens continue those in it, and are added to it.
 
         Returns:
-            [..., H] in the parameters' dtype.
+            [..., H] in the parameters' dtype; with sequence parallelism this rank's tokens [T / tp, H].
 
         Raises:
             ValueError: packed tokens without `cu_seqlens` or with a cache; [B, S] tokens with `cu_seqlens`;
@@ -102,14 +107,27 @@ class Transformer(nn.Module):
         self._check_length(start + tokens.shape[-1] if cu_seqlens is None else max_seqlen)
         if positions is None:
             positions = _count_up(tokens, cu_seqlens, start)
-        x = self.embedding(tokens)
+        split = self._token_split(tokens, cache)
+        x = self.embedding(tokens, split)
         if self.position_embedding is not None:
-            x = x + self.position_embedding(positions)
-        context = Context(self._rotary(positions, x.dtype), cu_seqlens, max_seqlen)
+            x = x + self.position_embedding(own_tokens(positions, split))
+        context = Context(self._rotary(positions, x.dtype), cu_seqlens, max_seqlen, split)
         residual = None
         for i, layer in enumerate(self.layers):
             x, residual = layer(x, residual, context, cache[i] if cache else None)
         return self.final_norm(x, residual)[0]
+
+    def _token_split(self, tokens: Tensor, cache: list[LayerCache] | None) -> TensorSplit:
+        """How this batch's tokens lie: those that cannot be split evenly stay whole where no gradient is needed."""
+        split = self.split
+        if not split.sequence or (tokens.dim() == 1 and tokens.shape[0] % split.axis.size == 0 and not cache):
+            return split
+        if torch.is_grad_enabled():
+            raise ValueError(
+                f"sequence parallelism trains on packed tokens [T] with T a multiple of tp={split.axis.size}, "
+                f"not on {list(tokens.shape)}: pack them, or set parallel.sequence_parallel=false"
+            )
+        return split.whole_tokens()
 
     def _check_length(self, length: int | None) -> None:
         limit = self.config.max_position_embeddings
@@ -126,8 +144,12 @@ class Transformer(nn.Module):
         return rope_tables(positions, _frequencies(self.config, positions.device), dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., H] → [..., V] over the true vocabulary."""
-        return kernels.linear(hidden, self.head_weight)
+        """[..., H] → [..., V] over the true vocabulary; `hidden` as `forward` gives it, without sequence shards."""
+        output = self.output
+        local = kernels.linear(hidden, output.weight)
+        if self.split.axis.group is not None:
+            local = all_gather(local.movedim(-1, 0), self.split.axis).movedim(0, -1)
+        return local[..., : self.config.vocab_size]
 
     def loss(
         self,
@@ -142,24 +164,55 @@ class Transformer(nn.Module):
 
         A sum, because only the caller knows how many valid labels the whole step has.
         """
-        hidden = self(tokens, positions=positions, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
-        return kernels.linear_cross_entropy(
-            hidden.flatten(0, -2),
-            self._output.weight,
-            labels.flatten(),
+        where = {"positions": positions, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+        return self._losses(tokens, labels, "sum", **where)
+
+    def token_losses(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        *,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Tensor:
+        """Cross-entropy (nats) of every token: fp32 [B * S] or [T], 0 where the label is IGNORE_INDEX."""
+        where = {"positions": positions, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+        return self._losses(tokens, labels, "none", **where)
+
+    def _losses(self, tokens: Tensor, labels: Tensor, reduction: str, **where: Any) -> Tensor:
+        hidden, labels = self(tokens, **where).flatten(0, -2), labels.flatten()
+        output = self.output
+        if self.split.axis.group is None:
+            return kernels.linear_cross_entropy(
+                hidden,
+                output.weight,
+                labels,
+                ignore_index=IGNORE_INDEX,
+                reduction=reduction,
+                valid_rows=output.valid_rows,
+            )
+        losses = vocab_parallel_losses(
+            hidden,
+            output.weight,
+            labels,
+            self._token_split(tokens, None),
+            first_row=output.first_row,
+            valid_rows=output.valid_rows,
+            vocab_size=self.config.vocab_size,
             ignore_index=IGNORE_INDEX,
-            reduction="sum",
-            valid_rows=self._output.num_rows,
         )
+        return losses if reduction == "none" else losses.sum()
 
     def new_cache(self, batch_size: int, capacity: int) -> list[LayerCache]:
         """An empty key/value cache for `capacity` tokens of each of `batch_size` sequences."""
         config, weight = self.config, self.embedding.weight
-        shape = (batch_size, capacity, config.kv_heads, config.size_per_head)
+        heads = max(1, config.kv_heads // self.split.axis.size)
+        shape = (batch_size, capacity, heads, config.size_per_head)
         return [LayerCache(*shape, dtype=weight.dtype, device=weight.device) for _ in self.layers]
 
 
-def build_block(config: ModelConfig, layer: int, **factory: Any) -> Block:
+def build_block(config: ModelConfig, layer: int, split: TensorSplit, **factory: Any) -> Block:
     """Block number `layer` of the model that `config` describes."""
     hidden, std = config.hidden_size, config.init_std
     # Each block adds two branches to the residual stream; scaled down, the stream's variance at the top
@@ -168,6 +221,7 @@ def build_block(config: ModelConfig, layer: int, **factory: Any) -> Block:
     norm = NORMS[config.norm]
     attention = Attention(
         hidden,
+        split,
         num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config.kv_heads,
         head_dim=config.size_per_head,
@@ -182,6 +236,7 @@ def build_block(config: ModelConfig, layer: int, **factory: Any) -> Block:
     mlp = (GatedMLP if config.gated else MLP)(
         hidden,
         config.ffn_hidden_size,
+        split,
         activation=config.activation,
         bias=config.mlp_bias,
         std=std,
@@ -189,7 +244,7 @@ def build_block(config: ModelConfig, layer: int, **factory: Any) -> Block:
         **factory,
     )
     eps = config.norm_eps
-    return Block(norm(hidden, eps, **factory), attention, norm(hidden, eps, **factory), mlp)
+    return Block(norm(hidden, eps, split, **factory), attention, norm(hidden, eps, split, **factory), mlp)
 
 
 def _frequencies(config: ModelConfig, device: torch.device) -> Tensor:

@@ -1,4 +1,8 @@
-"""The only file that calls collectives. Each takes an `Axis`; on an axis of one process it does nothing."""
+"""The only file that calls collectives. Each takes an `Axis`; on an axis of one process it does nothing.
+
+Two layers: plain ones on tensors without a graph, and below them pairs for the forward and backward pass, each the
+other's conjugate: what one does to activations, the other does to their gradients.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,69 @@ from torch import Tensor
 
 from megalite.parallel.mesh import Axis
 
+Work = dist.Work | None
+"""What to wait for; None if there is nothing."""
+
+# torch 2.13 renames these two and warns about the old names; 2.11 has only those.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def all_reduce_sum(tensor: Tensor, axis: Axis) -> Tensor:
     """Sum `tensor` over the axis, in place; returns it."""
     if axis.group is not None:
         dist.all_reduce(tensor, group=axis.group)
     return tensor
+
+
+def all_reduce_max(tensor: Tensor, axis: Axis) -> Tensor:
+    """Maximum of `tensor` over the axis, in place; returns it."""
+    if axis.group is not None:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=axis.group)
+    return tensor
+
+
+def start_all_reduce(tensor: Tensor, axis: Axis) -> Work:
+    """As `all_reduce_sum`, not waited for."""
+    return None if axis.group is None else dist.all_reduce(tensor, group=axis.group, async_op=True)
+
+
+def start_all_gather(shard: Tensor, axis: Axis) -> tuple[Tensor, Work]:
+    """Shards [T / n, ...] of all ranks as [T, ...], not waited for. A single rank gets its own tensor back."""
+    if axis.group is None:
+        return shard, None
+    shard = shard.contiguous()
+    whole = shard.new_empty((axis.size * shard.shape[0], *shard.shape[1:]))
+    return whole, _all_gather(whole, shard, group=axis.group, async_op=True)
+
+
+def start_reduce_scatter(whole: Tensor, axis: Axis) -> tuple[Tensor, Work]:
+    """This rank's rows [T / n, ...] of the sum of all ranks' [T, ...], not waited for."""
+    if axis.group is None:
+        return whole, None
+    assert whole.shape[0] % axis.size == 0, f"{whole.shape[0]} rows over {axis.size} ranks"
+    shard = whole.new_empty((whole.shape[0] // axis.size, *whole.shape[1:]))
+    return shard, _reduce_scatter(shard, whole.contiguous(), group=axis.group, async_op=True)
+
+
+def wait(work: Work) -> None:
+    """Until a started collective is done."""
+    if work is not None:
+        work.wait()
+
+
+def all_gather(shard: Tensor, axis: Axis) -> Tensor:
+    """Shards [T / n, ...] of all ranks, in rank order, as [T, ...]."""
+    whole, work = start_all_gather(shard, axis)
+    wait(work)
+    return whole
+
+
+def reduce_scatter(whole: Tensor, axis: Axis) -> Tensor:
+    """This rank's rows [T / n, ...] of the sum of all ranks' [T, ...]."""
+    shard, work = start_reduce_scatter(whole, axis)
+    wait(work)
+    return shard
 
 
 def broadcast(tensor: Tensor, axis: Axis, source: int = 0) -> Tensor:
@@ -53,3 +114,69 @@ def any_failed(failed: bool, axis: Axis, device: torch.device) -> bool:
     """Whether any rank of the axis reports a failure, so that all of them can stop together."""
     flag = torch.tensor(int(failed), device=device)
     return bool(all_reduce_sum(flag, axis).item())
+
+
+def copy_to(x: Tensor, axis: Axis) -> Tensor:
+    """x, the same on all ranks, into work that each rank does a part of: its gradients are summed."""
+    return x if axis.group is None else _CopyTo.apply(x, axis)
+
+
+def reduce_from(x: Tensor, axis: Axis) -> Tensor:
+    """The sum of x over the ranks, on all of them; each rank gets the whole gradient. Conjugate of `copy_to`."""
+    return x if axis.group is None else _ReduceFrom.apply(x, axis)
+
+
+def gather_from(x: Tensor, axis: Axis) -> Tensor:
+    """Rows [T / n, ...] of all ranks as [T, ...], into work that each rank does a part of.
+
+    The backward sums the gradients and hands each rank its rows. Conjugate of `reduce_scatter_to`.
+    """
+    return x if axis.group is None else _GatherFrom.apply(x, axis)
+
+
+def reduce_scatter_to(x: Tensor, axis: Axis) -> Tensor:
+    """This rank's rows [T / n, ...] of the sum of x [T, ...] over the ranks. Conjugate of `gather_from`."""
+    return x if axis.group is None else _ReduceScatterTo.apply(x, axis)
+
+
+class _CopyTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
+        return all_reduce_sum(dx.clone(memory_format=torch.contiguous_format), ctx.axis), None
+
+
+class _ReduceFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        return all_reduce_sum(x.clone(memory_format=torch.contiguous_format), axis)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
+        return dx, None
+
+
+class _GatherFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return all_gather(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
+        return reduce_scatter(dx, ctx.axis), None
+
+
+class _ReduceScatterTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return reduce_scatter(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
+        return all_gather(dx, ctx.axis), None

@@ -84,6 +84,7 @@ class FlatBuffers:
         for _, name, piece in iter_pieces(model):
             slot, group = by_name[name]
             self.pieces.append((slot, group, piece))
+        self._grad_pieces = list(self.piece_tensors("main_grad"))
         self._hooks = [self._accumulate_into_main_grad(group) for group in self.groups]
 
     def _accumulate_into_main_grad(self, group: FlatGroup) -> list[object]:
@@ -132,6 +133,10 @@ class FlatBuffers:
     def names(self) -> list[str]:
         """Parameter names in the order of `grad_views`."""
         return [slot.name for group in self.groups for slot in group.slots]
+
+    def grad_pieces(self) -> list[tuple[Piece, Tensor]]:
+        """Main gradient of every piece; each element of every parameter is in one of them."""
+        return self._grad_pieces
 
     def piece_tensors(self, kind: str) -> Iterator[tuple[Piece, Tensor]]:
         """Each piece with its view of one kind of state: master, exp_avg, exp_avg_sq or main_grad."""

@@ -1,7 +1,8 @@
 """Who is who: one explicit object carries this process's place on every parallel axis.
 
-There is no module-level group anywhere: whoever needs a rank or a group is handed a `Mesh`. Today only the
-data-parallel axis is longer than one; the others join as further `Axis` fields.
+There is no module-level group anywhere: whoever needs a rank or a group is handed a `Mesh`, or the one `Axis`
+that concerns it. Ranks are laid out with tp innermost, then cp, dp and pp, so that the ranks that talk most
+(tp, at every layer) are neighbours on one machine and those that talk least (pp) may be far apart.
 """
 
 from __future__ import annotations
@@ -12,9 +13,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megalite.config import ParallelConfig
 from megalite.errors import UserError
+
+AXES = ("pp", "dp", "cp", "tp")
+"""Outermost first: rank = ((pp * dp_size + dp) * cp_size + cp) * tp_size + tp."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,25 +31,48 @@ class Axis:
     group: dist.ProcessGroup | None = None
     """None where the axis has a single process: collectives over it are no-ops."""
 
+    def shard(self, total: int) -> slice:
+        """This rank's part of `total` rows, which the axis divides evenly."""
+        assert total % self.size == 0, f"{total} rows over {self.size} ranks"
+        size = total // self.size
+        return slice(self.rank * size, (self.rank + 1) * size)
+
+
+ALONE = Axis()
+"""An axis of one process."""
+
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
     """This process, its device and its place on each axis."""
 
     device: torch.device
-    dp: Axis = Axis()
+    tp: Axis = ALONE
+    """Ranks that hold shards of the same layers and see the same tokens."""
+    cp: Axis = ALONE
+    """Ranks that hold parts of the same sequences."""
+    dp: Axis = ALONE
+    """Ranks that see different samples."""
+    pp: Axis = ALONE
+    """Ranks that hold different layers."""
+    data: Axis = ALONE
+    """dp and cp together: ranks with the same weights and different tokens; gradients are summed over them."""
+    model: Axis = ALONE
+    """pp and tp together: ranks that between them hold each weight; norms are summed over them."""
+    world: Axis = ALONE
+    """All ranks."""
     local_rank: int = 0
     local_size: int = 1
 
     @property
     def rank(self) -> int:
         """Global rank."""
-        return self.dp.rank
+        return self.world.rank
 
     @property
     def world_size(self) -> int:
         """Number of processes."""
-        return self.dp.size
+        return self.world.size
 
     @property
     def is_first(self) -> bool:
@@ -64,16 +92,18 @@ def make_mesh(config: ParallelConfig, device: str = "auto") -> Mesh:
     and ``torch.distributed`` is not touched.
 
     Args:
-        config: back-end and timeout of the collectives.
+        config: degrees of the axes, back-end and timeout of the collectives.
         device: ``auto``, ``cpu`` or ``cuda``.
 
     Raises:
-        UserError: ``cuda`` was asked for and this process has no GPU, or nccl without GPUs.
+        UserError: ``cuda`` was asked for and this process has no GPU, nccl without GPUs, or the number of
+            processes does not fit the degrees.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    chosen = _choose_device(device, local_rank)
     world_size = launched_world_size()
+    config.dp_size(world_size)  # a wrong number of processes is said before anybody waits for another
+    chosen = _choose_device(device, local_rank)
     if world_size == 1:
         return Mesh(device=chosen, local_rank=local_rank, local_size=local_size)
     backend = config.backend
@@ -83,20 +113,54 @@ def make_mesh(config: ParallelConfig, device: str = "auto") -> Mesh:
         raise UserError("parallel.backend='nccl' needs GPUs: use 'gloo' or train.device='cuda'")
     timeout = datetime.timedelta(seconds=config.timeout_s)
     dist.init_process_group(backend, timeout=timeout)
-    group = dist.group.WORLD
+    return mesh_of_group(config, chosen, local_rank=local_rank, local_size=local_size)
+
+
+def mesh_of_group(
+    config: ParallelConfig, device: torch.device, *, local_rank: int = 0, local_size: int = 1
+) -> Mesh:
+    """The mesh over the processes of the default group, which is there already; all of them must call this."""
+    world_size = dist.get_world_size()
+    sizes = {"pp": config.pp, "dp": config.dp_size(world_size), "cp": config.cp, "tp": config.tp}
+    devices = init_device_mesh(device.type, tuple(sizes[name] for name in AXES), mesh_dim_names=AXES)
     return Mesh(
-        device=chosen,
-        dp=Axis(size=world_size, rank=dist.get_rank(), group=group),
+        device=device,
+        **{name: _axis(devices[name]) for name in AXES},
+        data=_joined(devices, sizes, ("dp", "cp")),
+        model=_joined(devices, sizes, ("pp", "tp")),
+        world=Axis(world_size, dist.get_rank(), dist.group.WORLD if world_size > 1 else None),
         local_rank=local_rank,
         local_size=local_size,
     )
 
 
+def _axis(devices: DeviceMesh) -> Axis:
+    if devices.size() == 1:
+        return ALONE
+    return Axis(devices.size(), devices.get_local_rank(), devices.get_group())
+
+
+def _joined(devices: DeviceMesh, sizes: dict[str, int], names: tuple[str, str]) -> Axis:
+    """Two axes as one; the second is the inner one."""
+    long = [name for name in names if sizes[name] > 1]
+    if len(long) < 2:
+        return _axis(devices[long[0]]) if long else ALONE
+    outer, inner = names
+    ranks = devices.mesh.movedim((AXES.index(outer), AXES.index(inner)), (-2, -1)).flatten(-2).flatten(0, -2)
+    rank = devices.get_rank()
+    found = ALONE
+    for members in ranks.tolist():  # every process makes every group, in the same order
+        group = dist.new_group(members)
+        if rank in members:
+            found = Axis(len(members), members.index(rank), group)
+    return found
+
+
 def close_mesh(mesh: Mesh) -> None:
     """Leave the process group; all processes must call it."""
-    if mesh.dp.group is not None:
+    if mesh.world.group is not None:
         # Without the barrier, processes on gloo abort at exit now and then.
-        dist.barrier(group=mesh.dp.group)
+        dist.barrier(group=mesh.world.group)
         dist.destroy_process_group()
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import megalite_kernels as kernels
 from megalite.config import IGNORE_INDEX, EvalConfig
 from megalite.data.loader import MicroBatch
 from megalite.data.tokenize import Tokenizer
@@ -67,11 +66,12 @@ def validate(
 
 def token_losses(model: Transformer, batch: MicroBatch) -> Tensor:
     """Cross-entropy of every position: fp32 [T], 0 at ignored labels."""
-    hidden = model(
-        batch.tokens, positions=batch.positions, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen
-    )
-    return kernels.linear_cross_entropy(
-        hidden, model.head_weight, batch.labels, ignore_index=IGNORE_INDEX, reduction="none"
+    return model.token_losses(
+        batch.tokens,
+        batch.labels,
+        positions=batch.positions,
+        cu_seqlens=batch.cu_seqlens,
+        max_seqlen=batch.max_seqlen,
     )
 
 

@@ -69,7 +69,7 @@ def run_pretraining(
             finished = trainer.train(session.stop, after_step)
             session.saver.wait()
             times = {"setup_seconds": setup, "train_seconds": time.perf_counter() - training}
-            barrier(mesh.dp)
+            barrier(mesh.world)
         if not finished:
             trainer.log.event("preempt", trainer.completed_steps, signal=session.stop.name)
             trainer.progress.say(

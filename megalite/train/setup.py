@@ -29,6 +29,7 @@ from megalite.parallel.collectives import broadcast_object
 from megalite.parallel.data import FlatBuffers
 from megalite.parallel.mesh import Mesh
 from megalite.parallel.random import initialize
+from megalite.parallel.tensor import TensorSplit
 from megalite.train.checkpoint import latest_checkpoint, load_state, read_manifest, take_snapshot
 from megalite.train.flops import (
     FlopsPerToken,
@@ -102,15 +103,15 @@ def build_session(config: RunConfig, mesh: Mesh, *, replay_step: int | None = No
     """
     tokenizer = open_prepared(config.data.datasets)[0].tokenizer()
     config = dataclasses.replace(config, model=settle_model(config, tokenizer))
-    config.train.validate_world(mesh.dp.size)
+    validate_layout(config, mesh)
     found, manifest = find_checkpoint(config, mesh, tokenizer, replay_step)
     measured = settle_precision(config, mesh, manifest) if mesh.is_first else None
-    precision: Precision = broadcast_object(measured, mesh.dp)
+    precision: Precision = broadcast_object(measured, mesh.world)
 
-    model = Transformer(config.model, device=mesh.device)
+    model = Transformer(config.model, tensor_split(config, mesh), device=mesh.device)
     if not manifest:
         fill_weights(model, config)
-    buffers = FlatBuffers(model, mesh.dp, precision.dtype)
+    buffers = FlatBuffers(model, mesh.data, precision.dtype)
     optimizer = AdamW(buffers, config.optimizer)
     guard = StepGuard(mesh.device, sigma=config.train.spike_sigma, skip_spikes=config.train.skip_spikes)
     if found and manifest:
@@ -136,6 +137,32 @@ def build_session(config: RunConfig, mesh: Mesh, *, replay_step: int | None = No
     return Session(config, trainer, saver, StopSignal(mesh), precision, flops, found, changed)
 
 
+def validate_layout(config: RunConfig, mesh: Mesh) -> None:
+    """Check the model and the batch against the degrees of parallelism.
+
+    Raises:
+        UserError: one of them cannot be cut that way; names the values that can.
+    """
+    config.parallel.validate_model(config.model)
+    if mesh.model.size * mesh.cp.size > 1:
+        raise UserError(
+            f"parallel.tp={mesh.tp.size}, cp={mesh.cp.size}, pp={mesh.pp.size}: runs are data-parallel so far (their "
+            "checkpoints are written by one replica): leave all three at 1"
+        )
+    config.train.validate_world(mesh.dp.size)
+    tokens = config.train.micro_batch_size * config.train.seq_length
+    if tensor_split(config, mesh).sequence and tokens % mesh.tp.size:
+        raise UserError(
+            f"train.micro_batch_size · train.seq_length = {tokens} tokens must be a multiple of "
+            f"parallel.tp={mesh.tp.size} for sequence parallelism"
+        )
+
+
+def tensor_split(config: RunConfig, mesh: Mesh) -> TensorSplit:
+    """How the layers are cut on this mesh."""
+    return TensorSplit(mesh.tp, config.parallel.sequence_parallel and mesh.tp.size > 1)
+
+
 def find_checkpoint(
     config: RunConfig, mesh: Mesh, tokenizer: Tokenizer, replay_step: int | None
 ) -> tuple[Path | None, dict[str, Any] | None]:
@@ -146,7 +173,7 @@ def find_checkpoint(
     """
     run_dir = Path(config.directory)
     newest = latest_checkpoint(run_dir / "checkpoints", before_step=replay_step) if mesh.is_first else None
-    found: Path | None = broadcast_object(newest, mesh.dp)
+    found: Path | None = broadcast_object(newest, mesh.world)
     if found is None:
         return None, None
     manifest = read_manifest(found)

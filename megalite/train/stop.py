@@ -47,7 +47,7 @@ class StopSignal:
 
     def agreed(self, requests: Tensor) -> bool:
         """Whether the processes stop now; `requests` is the sum of their requests in this step."""
-        if self.mesh.dp.group is None:
+        if self.mesh.world.group is None:
             return self.requested
         if requests.device.type != "cuda":
             return bool(requests.item())

@@ -18,9 +18,10 @@ from megalite.models.transformer import Transformer
 from megalite.optim.adamw import AdamW
 from megalite.optim.clip import clip_coefficient, parameter_norms
 from megalite.optim.schedule import learning_rate
-from megalite.parallel.collectives import all_reduce_sum
+from megalite.parallel.collectives import all_reduce_sum, gather_objects
 from megalite.parallel.data import FlatBuffers
 from megalite.parallel.mesh import Mesh
+from megalite.parallel.partial import as_shares, norm_over, norm_shares, sum_partial_gradients
 from megalite.train.evaluate import sample_texts, validate
 from megalite.train.guard import StepGuard
 from megalite.train.metrics import Metrics, ProgressLine, StepResult
@@ -50,6 +51,10 @@ class Trainer:
     save: Callable[[int], None]
     """Saves a checkpoint of the given number of completed steps."""
     completed_steps: int = 0
+
+    def __post_init__(self) -> None:
+        shares = norm_shares(self.buffers.grad_pieces(), self.mesh.tp)
+        self.norm_shares = as_shares(shares, self.mesh.device)
 
     def train(self, stop: StopSignal, after_step: Callable[[int], None] = lambda step: None) -> bool:
         """Run the remaining steps; False if a signal ended the run early (a checkpoint was saved).
@@ -94,7 +99,7 @@ class Trainer:
         timer.start()
         batches = self.load(step)
         timer.mark("data_wait")
-        valid_tokens = all_reduce_sum(count_valid_tokens(batches), mesh.dp)
+        valid_tokens = all_reduce_sum(count_valid_tokens(batches), mesh.data)
         scale = 1.0 / valid_tokens.clamp(min=1).float()
         timer.mark("communication")
 
@@ -114,12 +119,14 @@ class Trainer:
             timer.mark("backward")
 
         shared = self.local_report(loss_sum, stop)
-        all_reduce_sum(shared, mesh.dp)
+        all_reduce_sum(shared, mesh.world)
         self.buffers.reduce_gradients()
         timer.mark("communication")
 
-        norms = parameter_norms(self.buffers.grad_views())
-        grad_norm = torch.linalg.vector_norm(norms)
+        gradients = self.buffers.grad_pieces()
+        sum_partial_gradients(gradients, mesh.tp)
+        norms = parameter_norms([gradient for _, gradient in gradients])
+        grad_norm = norm_over(norms, self.norm_shares, mesh.model)
         loss_mean = shared[0] * scale
         verdict = self.guard.judge(loss_mean, grad_norm, norms)
         rate = torch.full((), learning_rate(self.config, step), device=mesh.device)
@@ -143,12 +150,12 @@ class Trainer:
         The sum of losses, whether this process wants to stop, and one flag per process that is set where its
         own loss or gradients are not finite (after the reduction everybody's would be).
         """
-        report = torch.zeros(2 + self.mesh.dp.size, dtype=torch.float64, device=self.mesh.device)
+        report = torch.zeros(2 + self.mesh.world_size, dtype=torch.float64, device=self.mesh.device)
         norms = [torch.linalg.vector_norm(group.main_grad) for group in self.buffers.groups]
         finite = torch.isfinite(torch.stack([loss_sum, *(norm.double() for norm in norms)])).all()
-        report[0] = loss_sum
+        report[0] = loss_sum if self.mesh.model.rank == 0 else 0.0  # all model ranks have the same one
         report[1] = float(stop.requested)
-        report[2 + self.mesh.dp.rank] = (~finite).double()
+        report[2 + self.mesh.rank] = (~finite).double()
         return report
 
     def flush(self) -> None:
@@ -182,9 +189,10 @@ class Trainer:
             "rank": record.pop("bad_rank", -1),
         }
         bad = record.pop("bad_parameter", -1)
-        details["parameter"] = self.buffers.names()[bad] if bad >= 0 else ""
+        here = self.buffers.grad_pieces()[bad][0].name if bad >= 0 else ""
+        details["parameter"] = next(filter(None, gather_objects(here, self.mesh.model)), "")
         self.log.event(kind, record["step"], **details)
-        where = f", first in {details['parameter']} on rank {details['rank']}" if bad >= 0 else ""
+        where = f", first in {details['parameter']} on rank {details['rank']}" if details["parameter"] else ""
         self.progress.say(
             f"step {record['step']}: {kind}, loss {record['loss']}, grad norm {record['grad_norm']}{where}"
         )
@@ -204,7 +212,7 @@ class Trainer:
             complete=complete,
         )
         record = {"step": step, "tokens": train.tokens_before(step), **scores, "samples": []}
-        if self.mesh.is_first:
+        if self.mesh.data.rank == 0:  # all ranks of one replica: they hold the model together
             record["samples"] = sample_texts(self.model, self.tokenizer, self.config.eval, seed=train.seed)
         self.log.append(RunLog.EVALS, [record])
         self.tensorboard.add_eval(record)

@@ -10,12 +10,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from megalite.layers.attention import Attention, Context
-from megalite.layers.embedding import Embedding
-from megalite.layers.linear import Linear
+from megalite.layers.embedding import VocabParallelEmbedding
+from megalite.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.layers.mlp import MLP, GatedMLP
 from megalite.layers.norm import LayerNorm, RMSNorm
 from megalite.layers.rope import rope_frequencies, rope_tables, stretch_linear, stretch_llama3
 from megalite.parallel.pieces import iter_pieces, piece_view
+from megalite.parallel.tensor import UNSPLIT, Shard, TensorSplit
 
 WIDE = {"dtype": torch.float64}
 
@@ -65,8 +66,8 @@ def test_fused_projections_equal_separate_ones():
     class Parent(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            outputs = {"first": 3, "second": 5}
-            self.fused = Linear(4, outputs, bias=True, std=0.1, split="column", **WIDE)
+            outputs = {"first": Shard.whole(3), "second": Shard.whole(5)}
+            self.fused = ColumnParallelLinear(4, outputs, UNSPLIT, bias=True, std=0.1, **WIDE)
 
     parent = randomize(Parent())
     pieces = pieces_of(parent)
@@ -82,10 +83,14 @@ def test_fused_projections_equal_separate_ones():
     close(second, F.linear(x, pieces["second.weight"], pieces["second.bias"]))
 
 
-def test_biases_say_how_they_live_under_tensor_parallelism():
-    for split, expected in (("column", "sharded"), ("row", "replicated")):
-        layer = nn.ModuleDict({"x": Linear(4, {"o": 3}, bias=True, std=0.1, split=split)})
-        assert {p.name: p.tp for _, _, p in iter_pieces(layer)} == {"o.weight": "sharded", "o.bias": expected}
+@pytest.mark.parametrize("sequence", [False, True])
+def test_biases_say_how_they_live_under_tensor_parallelism(sequence):
+    split, shard = TensorSplit(sequence=sequence), Shard.whole(4)
+    column = nn.ModuleDict({"x": ColumnParallelLinear(4, {"o": shard}, split, bias=True, std=0.1)})
+    row = nn.ModuleDict({"x": RowParallelLinear(shard, 3, split, name="o", bias=True, std=0.1)})
+    expected = "partial" if sequence else "replicated"
+    for layer, bias in ((column, "sharded"), (row, expected)):
+        assert {p.name: p.tp for _, _, p in iter_pieces(layer)} == {"o.weight": "sharded", "o.bias": bias}
 
 
 ACTIVATIONS = {
@@ -119,7 +124,7 @@ def test_plain_mlp(activation):
 
 
 def test_embedding_rows_leave_out_the_padding():
-    embedding = randomize(Embedding(5, 3, std=0.1, padded_rows=128, **WIDE))
+    embedding = randomize(VocabParallelEmbedding(5, 3, std=0.1, padded_rows=128, **WIDE))
     assert embedding.rows.shape == (5, 3)
     indices = torch.tensor([[4, 0], [1, 1]])
     assert torch.equal(embedding(indices), embedding.weight[indices])

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 
 import megalite_kernels
-from megalite.config import IGNORE_INDEX, RunConfig
+from megalite.config import IGNORE_INDEX, ParallelConfig, RunConfig
 from megalite.data.loader import MicroBatch
 from megalite.errors import DivergedError, ExitCode, UserError
-from megalite.parallel.mesh import Axis, Mesh
+from megalite.parallel.mesh import Mesh, mesh_of_group
 from megalite.train.replay import replay
 from megalite.train.run import run_pretraining
 from megalite.train.runlog import read_records
@@ -23,6 +23,11 @@ from megalite.train.trainer import Trainer
 from tests.helpers.tiny import make_dataset, read_losses, tiny_config
 
 CPU = Mesh(device=torch.device("cpu"))
+
+
+def ranks_mesh() -> Mesh:
+    """All of the pool's ranks along dp."""
+    return mesh_of_group(ParallelConfig(), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -150,9 +155,8 @@ def test_loss_is_the_sum_over_valid_tokens_divided_by_their_number(dataset, tmp_
 
 def one_masked_step(config: RunConfig, keep: list[int]) -> tuple[float, float, dict[str, torch.Tensor]]:
     """Runs on each rank: loss, gradient norm and gradients of step 0 with uneven masks (by global micro-batch)."""
-    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-    group = dist.group.WORLD if world > 1 else None
-    mesh = Mesh(device=torch.device("cpu"), dp=Axis(size=world, rank=rank, group=group))
+    mesh = ranks_mesh() if dist.is_initialized() else CPU
+    world, rank = mesh.world_size, mesh.rank
     session = session_for(dataclasses.replace(config, run_dir=f"{config.run_dir}-{world}"), mesh)
     trainer = session.trainer
     batches = mask_unevenly(trainer.load(0), keep[rank::world])
@@ -177,7 +181,7 @@ def test_ranks_with_unequal_masks_equal_one_process(dataset, tmp_path, rank_pool
 
 
 def run_on_rank(config: RunConfig) -> int:
-    mesh = Mesh(device=torch.device("cpu"), dp=Axis(dist.get_world_size(), dist.get_rank(), dist.group.WORLD))
+    mesh = ranks_mesh()
     return run_pretraining(config, mesh, command="test", config_toml=lambda config: "").code
 
 
@@ -200,7 +204,7 @@ def test_data_parallel_losses_equal_one_process(dataset, tmp_path, rank_pool, wo
 def stop_on_rank_one(config: RunConfig) -> int:
     """A signal that only one rank received, after step 3: the step at which this rank stopped."""
     rank = dist.get_rank()
-    mesh = Mesh(device=torch.device("cpu"), dp=Axis(dist.get_world_size(), rank, dist.group.WORLD))
+    mesh = ranks_mesh()
     session = session_for(config, mesh)
 
     def receive(step: int) -> None:
@@ -275,7 +279,7 @@ def test_a_non_finite_step_is_skipped_counted_and_named(dataset, tmp_path):
     trainer.flush()
     event = read_records(tmp_path / "run/events.jsonl")[-1]
     assert (event["kind"], event["step"], event["rank"]) == ("skip", 3, 0)
-    assert event["parameter"] == "layers.1.mlp.gate_up_proj.weight"
+    assert event["parameter"] == "layers.1.mlp.gate_proj.weight"
     result, _ = trainer.train_step(3, session.stop)
     assert not result.verdict.skip
     assert all(torch.isfinite(t).all() for t in state())
@@ -285,7 +289,7 @@ def test_a_non_finite_step_is_skipped_counted_and_named(dataset, tmp_path):
 def poison_rank_one(config: RunConfig) -> list[dict]:
     """Step 3 goes bad on rank 1 alone; returns what this rank's log says (only the first rank has one)."""
     rank = dist.get_rank()
-    mesh = Mesh(device=torch.device("cpu"), dp=Axis(dist.get_world_size(), rank, dist.group.WORLD))
+    mesh = ranks_mesh()
     session = session_for(config, mesh)
     poison(session.trainer, {2} if rank == 1 else set())
     for step in range(4):
@@ -299,7 +303,7 @@ def poison_rank_one(config: RunConfig) -> list[dict]:
 def test_the_rank_that_went_bad_is_named(dataset, tmp_path, rank_pool):
     events, _ = rank_pool(2).run(poison_rank_one, tiny_config(dataset, tmp_path / "run"))
     assert [(e["kind"], e["step"], e["rank"]) for e in events] == [("skip", 3, 1)]
-    assert events[0]["parameter"] == "layers.1.mlp.gate_up_proj.weight"
+    assert events[0]["parameter"] == "layers.1.mlp.gate_proj.weight"
 
 
 def test_the_norm_counts_every_element_of_every_piece_once(dataset, tmp_path):
