@@ -139,6 +139,13 @@ void attention_backward(DType dtype, Strided dout, const float* dlse, Strided q,
                         const float* lse, void* dq, void* dk, void* dv, float* dsinks, AttentionShape shape,
                         int threads);
 
+// main_grad [out, in] += dy^T x for dy [tokens, out] and x [tokens, in], whose rows are a stride apart. Float sums.
+void linear_weight_grad(DType dtype, const void* dy, int64_t dy_stride, const void* x, int64_t x_stride,
+                        float* main_grad, int64_t tokens, int64_t out, int64_t in, int threads);
+
+// Whether this CPU multiplies bf16 matrices by tiles (AMX), which the kernels here don't.
+bool has_matrix_unit();
+
 struct AdamWOptions {
   float beta1, beta2, eps;
   float decay;            // 1 - lr * weight_decay

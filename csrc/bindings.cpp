@@ -243,6 +243,18 @@ void bind_attention(py::module_& m) {
       Release());
 }
 
+void bind_linear(py::module_& m) {
+  m.def(
+      "linear_weight_grad",
+      [](int dtype, Address dy, int64_t dy_stride, Address x, int64_t x_stride, Address main_grad, int64_t tokens,
+         int64_t out, int64_t in, int threads) {
+        megalite::linear_weight_grad(DType(dtype), at(dy), dy_stride, at(x), x_stride, at<float>(main_grad), tokens,
+                                     out, in, threads);
+      },
+      Release());
+  m.def("has_matrix_unit", &megalite::has_matrix_unit, "Whether this CPU multiplies bf16 matrices by tiles (AMX).");
+}
+
 void bind_optimizer(py::module_& m) {
   m.def(
       "adamw",
@@ -284,5 +296,6 @@ PYBIND11_MODULE(_C, m) {
   bind_elementwise(m);
   bind_loss(m);
   bind_attention(m);
+  bind_linear(m);
   bind_optimizer(m);
 }

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import megalite_kernels as mk
-from tests.ops.catalogue import DTYPES, random
+from megalite_kernels.testing import assert_as_accurate
+from tests.ops.catalogue import BACKENDS, DTYPES, needs_native, random
 
 
 def test_without_accumulator_it_is_torchs() -> None:
@@ -15,18 +16,68 @@ def test_without_accumulator_it_is_torchs() -> None:
     assert torch.equal(mk.linear(x, weight, bias=bias), F.linear(x, weight, bias))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients_are_added_into_the_accumulator(dtype: torch.dtype) -> None:
+def test_gradients_are_added_into_the_accumulator(dtype: torch.dtype, backend: str) -> None:
     x, weight, bias = (random(*s, seed=i).to(dtype) for i, s in enumerate([(2, 5, 8), (3, 8), (3,)]))
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
     expected = torch.autograd.grad(F.linear(*leaves).square().sum(), leaves)
     main_grad = torch.full((3, 8), 2.0)
-    for _ in range(2):
-        mk.linear(x, weight, bias=bias, main_grad=main_grad).square().sum().backward()
+    with mk.use_backend(backend):
+        for _ in range(2):
+            mk.linear(x, weight, bias=bias, main_grad=main_grad).square().sum().backward()
     assert weight.grad is None
     assert x.grad is not None
     torch.testing.assert_close(x.grad, 2 * expected[0])
-    torch.testing.assert_close(main_grad, 2 + 2 * expected[1].float())
+    rounding = 2 * max(torch.finfo(dtype).eps, 1e-6)  # of torch's gradient; ours is never rounded to dtype
+    torch.testing.assert_close(main_grad, 2 + 2 * expected[1].float(), rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "out", "features"), [(1, 1, 1), (7, 13, 5), (64, 64, 64), (2055, 30, 49), (33, 530, 100)]
+)
+def test_weight_gradient_accuracy(
+    tokens: int, out: int, features: int, dtype: torch.dtype, backend: str
+) -> None:
+    """Against torch's float32 product of the same inputs; the last two cross the kernel's blocks."""
+    dy, x = random(tokens, out).to(dtype), random(tokens, features, seed=1).to(dtype)
+    main_grad = random(out, features, seed=2)
+    truth = main_grad.double() + dy.double().t() @ x.double()
+    plain = main_grad + dy.float().t() @ x.float()
+    if backend == "reference" and dtype != torch.float32:  # torch's product is rounded to dtype there
+        plain = main_grad + torch.mm(dy.t(), x).float()
+    with mk.use_backend(backend):
+        torch.ops.megalite.linear_weight_grad_(dy, x, main_grad)
+    assert_as_accurate(main_grad, plain, truth, floor=8)  # float sums of 2,048 terms in one chain
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weight_gradient_of_strided_and_empty_inputs(dtype: torch.dtype, backend: str) -> None:
+    dy, x = random(9, 40).to(dtype)[:, 3:30], random(50, 9, seed=1).to(dtype).t()
+    got, expected = torch.zeros(27, 50), torch.zeros(27, 50)
+    with mk.use_backend(backend):
+        torch.ops.megalite.linear_weight_grad_(dy, x, got)
+        torch.ops.megalite.linear_weight_grad_(dy.contiguous(), x.contiguous(), expected)
+        torch.ops.megalite.linear_weight_grad_(dy[:0], x[:0], expected)
+    assert torch.equal(got, expected)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_stays_in_its_row_and_column(dtype: torch.dtype) -> None:
+    dy, x, main_grad = random(20, 30).to(dtype), random(20, 60, seed=1).to(dtype), torch.zeros(30, 60)
+    dy[3, 7] = torch.nan
+    x[5, 50] = torch.inf
+    with mk.use_backend("cpu"):
+        torch.ops.megalite.linear_weight_grad_(dy, x, main_grad)
+    bad = ~torch.isfinite(main_grad)
+    bad[7] = bad[:, 50] = False
+    assert not bad.any()
+    assert torch.isnan(main_grad[7]).all()
+    assert not torch.isfinite(main_grad[:, 50]).any()
 
 
 def test_a_frozen_weight_is_left_alone() -> None:

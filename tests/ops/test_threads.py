@@ -91,3 +91,15 @@ def test_adamw_has_the_bits_of_one_thread(dtype: torch.dtype) -> None:
         return [params, *buffers]
 
     assert all(torch.equal(a, b) for a, b in zip(run(1), run(2), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weight_gradient_has_the_bits_of_one_thread(dtype: torch.dtype, two_threads: None) -> None:
+    dy, x = random(600, 200).to(dtype), random(600, 130, seed=1).to(dtype)
+    found = []
+    for threads in (2, 1):
+        torch.set_num_threads(threads)
+        found.append(torch.zeros(200, 130))
+        with mk.use_backend("cpu"):
+            torch.ops.megalite.linear_weight_grad_(dy, x, found[-1])
+    assert torch.equal(*found)

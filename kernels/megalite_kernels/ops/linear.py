@@ -12,6 +12,7 @@ from megalite_kernels._library import define
 from megalite_kernels.backend import register, register_lazy
 from megalite_kernels.ops import checks
 from megalite_kernels.ops.linear_cross_entropy_local import check_main_grad
+from megalite_kernels.ops.native_support import NATIVE, native_accumulator_supports
 from megalite_kernels.ops.triton_support import TRITON, triton_supports
 
 
@@ -65,6 +66,13 @@ register_lazy(
     "megalite_kernels.triton.linear:accumulate_",
     requires=TRITON,
     supports=triton_supports,
+)
+register_lazy(
+    "linear_weight_grad_",
+    "cpu",
+    "megalite_kernels.native.linear:accumulate_",
+    requires=NATIVE,
+    supports=native_accumulator_supports,
 )
 
 
