@@ -25,8 +25,9 @@ SHAPES = [
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two heads a tile; four programs in the backward, whose partial sums are added two at a time."""
+    """Two heads a tile; five programs in the backward, whose partial sums are added two at a time."""
     monkeypatch.setattr(kernels, "PROGRAMS_PER_PROCESSOR", 1)
+    monkeypatch.setattr(kernels, "num_processors", lambda x: 5)
     with (
         override("rope_fwd", Launch({"BLOCK_N": 2})),
         override("rope_norm_bwd", Launch({"BLOCK_N": 2})),
