@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from torch import Tensor
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 """What the tables speak of and what is compiled ahead of time in the tests."""
+TUNED = "MEGALITE_TUNED"
+"""Variable with the file of configurations that `tune.tune` wrote; nothing is read where it isn't set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +43,16 @@ class Table:
     entries: Mapping[str, Launch]
 
     def pick(self) -> Launch:
-        """The configuration for the current device: an override's, the architecture's, an older one's, default."""
+        """The configuration for the current device: an override's, a tuned one where MEGALITE_TUNED names a file,
+        the architecture's, an older one's, default."""
         if self.kernel in _overrides:
             return _overrides[self.kernel]
+        path = os.environ.get(TUNED)
+        if path and os.path.exists(path):
+            tuned = read_tuned(path, os.stat(path).st_mtime_ns).get(tuned_key(self.kernel))
+            if tuned is not None:
+                self.check(tuned, path)
+                return tuned
         name = architecture()
         if name in self.entries:
             return self.entries[name]
@@ -52,6 +63,31 @@ class Table:
             if older:
                 return self.entries[max(older, key=_number)]
         return self.entries["default"]
+
+    def check(self, launch: Launch, source: str) -> None:
+        """Raise ValueError unless `launch`, out of `source`, has just the blocks that this kernel has."""
+        known = set(self.entries["default"].blocks)
+        if set(launch.blocks) != known:
+            raise ValueError(
+                f"{source} has blocks {sorted(launch.blocks)} for {self.kernel}, which takes {sorted(known)}: "
+                "tune again"
+            )
+
+
+def tuned_key(kernel: str) -> str:
+    """Under what a tuned configuration is kept: another device or compiler has other optima."""
+    return f"{kernel} {architecture()} triton-{triton.__version__}"
+
+
+@lru_cache(maxsize=4)
+def read_tuned(path: str, modified_ns: int) -> dict[str, Launch]:
+    """The configurations in a file of `tune.tune`, read again only when it was modified."""
+    with open(path, encoding="utf-8") as file:
+        content = json.load(file)
+    return {
+        key: Launch(entry["blocks"], entry["num_warps"], entry["num_stages"])
+        for key, entry in content.items()
+    }
 
 
 _overrides: dict[str, Launch] = {}
