@@ -1,4 +1,5 @@
 // Attention of bf16 tensors on instructions that multiply bf16 pairs.
+#include <memory>
 #include <new>
 
 #include "attention.h"
@@ -9,12 +10,19 @@ namespace megalite {
 // two cache levels, and 96 is a multiple of 6 rows, of 16 words and of 32 keys.
 constexpr int64_t kPairQueries = 64, kPairKeys = 96, kPairPad = 32;
 
+// Sums over queries, of one document and key/value head.
+struct KeySums {
+  float *dkeys, *dvalues;  // [padded keys, padded dim]
+  double* dsinks;          // per query head
+};
+
 // What one thread works in. "_words" holds two rows (of keys, queries) per word, "_t" is transposed. Not initialised.
 struct PairBuffers {
   char* memory;
   uint16_t *keys, *values, *rows, *weights, *dweights;
   uint32_t *keys_t, *values_t, *words, *queries_t, *dout_t, *queries_words, *dout_words, *weights_words;
-  float *dkeys, *dvalues, *scores, *dscores, *out_t, *out;
+  double* dsinks;
+  float *dkeys, *dvalues, *scores, *dscores, *out_t;
 
   PairBuffers(const AttentionShape& shape, bool backward) {
     const int64_t dim = round_up(shape.dim, kPairPad), keys_all = round_up(longest_keys(shape), kPairKeys);
@@ -29,9 +37,10 @@ struct PairBuffers {
       };
       take(keys, document), take(rows, block), take(words, block / 2);
       take(queries_t, kPairQueries * dim / 2), take(scores, tile), take(weights_words, tile / 2);
-      take(out_t, kPairQueries * dim), take(out, kPairQueries * dim);
+      take(out_t, kPairQueries * dim);
       if (backward) {
         take(values, document), take(keys_t, document / 2), take(dkeys, document), take(dvalues, document);
+        take(dsinks, shape.heads);
         take(dout_t, kPairQueries * dim / 2), take(queries_words, kPairQueries * dim / 2);
         take(dout_words, kPairQueries * dim / 2), take(dscores, tile), take(weights, tile), take(dweights, tile);
       } else {
@@ -68,32 +77,76 @@ namespace megalite::avx512_bf16 {
 
 namespace megalite {
 
-bool attention_forward_pairs(const AttentionForward& arguments, int threads) {
 #if MEGALITE_X86
+
+namespace {
+
+// Parts to cut each of `tasks` tasks into, so that no thread waits long for the last one.
+int64_t parts_of_task(int64_t tasks, int64_t threads, int64_t most) {
+  if (threads == 1 || tasks == 0 || tasks >= 2 * threads) return 1;
+  return std::max<int64_t>(1, std::min((2 * threads + tasks - 1) / tasks, most));
+}
+
+int64_t most_blocks(const AttentionShape& shape) {
+  int64_t longest = 0;
+  for (int64_t i = 0; i < shape.num_segments; ++i) longest = std::max(longest, shape.segments[i].q_len);
+  return round_up(longest, kPairQueries) / kPairQueries;
+}
+
+// The parts of each task keep their sums apart, in memory that outlives the thread; then they are added in order.
+void backward_in_parts(const AttentionBackward& arguments, int64_t parts, int threads) {
+  const AttentionShape& shape = arguments.shape;
+  const int64_t tasks = shape.num_segments * shape.kv_heads, groups = shape.heads / shape.kv_heads;
+  const int64_t document = round_up(longest_keys(shape), kPairKeys) * round_up(shape.dim, kPairPad);
+  const std::unique_ptr<float[]> memory(new float[tasks * parts * 2 * document]);
+  std::vector<double> dsinks(tasks * parts * groups);
+  std::vector<KeySums> sums(tasks * parts);
+  for (int64_t i = 0; i < tasks * parts; ++i)
+    sums[i] = {memory.get() + 2 * i * document, memory.get() + (2 * i + 1) * document, dsinks.data() + i * groups};
+  run_tasks<PairBuffers>(shape, true, tasks * parts, threads, [&](int64_t i, const PairBuffers& b) {
+    const int64_t task = i / parts;
+    avx512_bf16::backward_task(arguments, task / shape.kv_heads, task % shape.kv_heads, i % parts, parts, sums[i], b);
+  });
+#ifdef _OPENMP
+#pragma omp parallel for schedule(static) num_threads(threads)
+#endif
+  for (int64_t i = 0; i < tasks; ++i)
+    avx512_bf16::write_keys(arguments, i / shape.kv_heads, i % shape.kv_heads, &sums[i * parts], parts);
+}
+
+}  // namespace
+
+bool attention_forward_pairs(const AttentionForward& arguments, int threads) {
   const AttentionShape& shape = arguments.shape;
   if (isa() < Isa::avx512_bf16) return false;
   // A task is a query head: packing the keys anew for each costs 4 / k_len of its products.
-  run_tasks<PairBuffers>(shape, false, shape.num_segments * shape.heads, threads, [&](int64_t i, const PairBuffers& b) {
-    avx512_bf16::forward_task(arguments, i / shape.heads, i % shape.heads, b);
+  const int64_t tasks = shape.num_segments * shape.heads, parts = parts_of_task(tasks, threads, most_blocks(shape));
+  run_tasks<PairBuffers>(shape, false, tasks * parts, threads, [&](int64_t i, const PairBuffers& b) {
+    const int64_t task = i / parts;
+    avx512_bf16::forward_task(arguments, task / shape.heads, task % shape.heads, i % parts, parts, b);
   });
   return true;
-#else
-  return (void)arguments, (void)threads, false;
-#endif
 }
 
 bool attention_backward_pairs(const AttentionBackward& arguments, int threads) {
-#if MEGALITE_X86
   const AttentionShape& shape = arguments.shape;
   if (isa() < Isa::avx512_bf16) return false;
-  run_tasks<PairBuffers>(shape, true, shape.num_segments * shape.kv_heads, threads,
-                         [&](int64_t i, const PairBuffers& b) {
-                           avx512_bf16::backward_task(arguments, i / shape.kv_heads, i % shape.kv_heads, b);
-                         });
+  const int64_t tasks = shape.num_segments * shape.kv_heads;
+  const int64_t parts = parts_of_task(tasks, threads, most_blocks(shape) * shape.heads / shape.kv_heads);
+  if (parts > 1) return backward_in_parts(arguments, parts, threads), true;
+  run_tasks<PairBuffers>(shape, true, tasks, threads, [&](int64_t i, const PairBuffers& b) {
+    const KeySums sums{b.dkeys, b.dvalues, b.dsinks};
+    avx512_bf16::backward_task(arguments, i / shape.kv_heads, i % shape.kv_heads, 0, 1, sums, b);
+    avx512_bf16::write_keys(arguments, i / shape.kv_heads, i % shape.kv_heads, &sums, 1);
+  });
   return true;
-#else
-  return (void)arguments, (void)threads, false;
-#endif
 }
+
+#else
+
+bool attention_forward_pairs(const AttentionForward&, int) { return false; }
+bool attention_backward_pairs(const AttentionBackward&, int) { return false; }
+
+#endif
 
 }  // namespace megalite

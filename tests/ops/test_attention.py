@@ -256,3 +256,32 @@ def test_errors_name_value_and_limit() -> None:
         mk.attention(packed, packed, packed, cu_seqlens=torch.tensor([0, 5], dtype=torch.int32))
     with pytest.raises(ValueError, match=r"k is torch.bfloat16 but q is torch.float32"):
         mk.attention(q, q.bfloat16(), q)
+
+
+@needs_native
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("heads", [(1, 1), (6, 1), (4, 2)])
+def test_few_tasks_are_cut_and_repeat_bits(heads: tuple[int, int], threads: int) -> None:
+    """With fewer heads than threads a head's queries are shared out; sums over them keep one order."""
+    inputs = [random(1, 200, heads[0], 16), random(1, 200, heads[1], 16, seed=1)]
+    inputs += [random(1, 200, heads[1], 16, seed=2), random(heads[0], seed=3)]
+
+    def run() -> list[Tensor]:
+        leaves = [x.bfloat16().requires_grad_() for x in inputs]
+        out = mk.attention(*leaves[:3], sinks=leaves[3])
+        assert isinstance(out, Tensor)
+        return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+    before = torch.get_num_threads()
+    alone = run()
+    torch.set_num_threads(threads)
+    try:
+        first, second = run(), run()
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(first, alone, strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-6, atol=2**-6 * float(b.abs().max()))
+    assert torch.equal(first[0], alone[0])
+    assert torch.equal(first[1], alone[1])
