@@ -12,6 +12,7 @@ from megalite_kernels.backend import register, register_lazy
 from megalite_kernels.ops import checks
 from megalite_kernels.ops.native_support import NATIVE, native_supports
 from megalite_kernels.ops.rms_norm import row_statistic
+from megalite_kernels.ops.triton_support import TRITON, triton_supports
 from megalite_kernels.reference import layer_norm as reference
 
 
@@ -104,6 +105,13 @@ for _op, _name in (
     register(_op, "reference", getattr(reference, _name))
     register_lazy(
         _op, "cpu", f"megalite_kernels.native.layer_norm:{_name}", requires=NATIVE, supports=native_supports
+    )
+    register_lazy(
+        _op,
+        "triton",
+        f"megalite_kernels.triton.layer_norm:{_name}",
+        requires=TRITON,
+        supports=triton_supports,
     )
 
 

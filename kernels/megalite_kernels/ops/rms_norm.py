@@ -107,13 +107,9 @@ for _op, _name in (
     register_lazy(
         _op, "cpu", f"megalite_kernels.native.rms_norm:{_name}", requires=NATIVE, supports=native_supports
     )
-register_lazy(
-    "rms_norm_fwd",
-    "triton",
-    "megalite_kernels.triton.rms_norm:forward",
-    requires=TRITON,
-    supports=triton_supports,
-)
+    register_lazy(
+        _op, "triton", f"megalite_kernels.triton.rms_norm:{_name}", requires=TRITON, supports=triton_supports
+    )
 
 
 class _RMSNorm(torch.autograd.Function):
