@@ -264,6 +264,8 @@ class ParallelConfig:
     """With tp > 1: norms and residual stream are split over the same ranks, by tokens."""
     cp: int = 1
     """Ranks that split the tokens of every sequence (context parallel)."""
+    cp_method: Literal["ring", "ulysses"] = "ring"
+    """ring: keys and values travel; ulysses: all-to-all over heads, which cp must divide."""
     pp: int = 1
     """Ranks that split the layers (pipeline parallel)."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
@@ -302,6 +304,9 @@ class ParallelConfig:
             kv_heads % self.tp == 0 or self.tp % kv_heads == 0,
             f"parallel.tp={self.tp} must divide model.num_key_value_heads={kv_heads} or be a multiple of it",
         )
+        if self.cp_method == "ulysses":
+            local = max(1, kv_heads // self.tp)
+            _require_divides("cp", self.cp, local, "the key/value heads of a tensor-parallel rank")
         _require(
             self.pp <= model.num_layers,
             f"parallel.pp={self.pp} must be at most model.num_layers={model.num_layers}: a stage needs a layer",

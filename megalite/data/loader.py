@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from megalite.data.dataset import BlendedDataset, Sample
 from megalite.data.indexed import Array
 from megalite.errors import UserError
+from megalite.parallel.context import ContextSplit
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,26 +33,28 @@ class MicroBatch:
     """[segments + 1] int32: where segments start, and T."""
     max_seqlen: int
     """Tokens of the longest segment."""
+    bounds: tuple[int, ...]
+    """`cu_seqlens` on the host."""
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> MicroBatch:
         """The same batch on another device."""
-        return MicroBatch(
-            tokens=self.tokens.to(device, non_blocking=non_blocking),
-            labels=self.labels.to(device, non_blocking=non_blocking),
-            positions=self.positions.to(device, non_blocking=non_blocking),
-            cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
-            max_seqlen=self.max_seqlen,
-        )
+        return self._each(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> MicroBatch:
         """The same batch in page-locked memory, from which copies to a GPU need not wait."""
-        return MicroBatch(
-            tokens=self.tokens.pin_memory(),
-            labels=self.labels.pin_memory(),
-            positions=self.positions.pin_memory(),
-            cu_seqlens=self.cu_seqlens.pin_memory(),
-            max_seqlen=self.max_seqlen,
-        )
+        return self._each(lambda x: x.pin_memory())
+
+    def part(self, split: ContextSplit) -> MicroBatch:
+        """This rank's tokens of the batch; `cu_seqlens` and `bounds` stay those of the whole."""
+        own: dict[str, Any] = {
+            name: split.own_tokens(getattr(self, name)) for name in ("tokens", "labels", "positions")
+        }
+        return replace(self, **own)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
+        names = ("tokens", "labels", "positions", "cu_seqlens")
+        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
+        return replace(self, **changed)
 
 
 def pack(tokens: Sequence[Array], labels: Sequence[Array], starts: Sequence[Array]) -> MicroBatch:
@@ -67,6 +71,7 @@ def pack(tokens: Sequence[Array], labels: Sequence[Array], starts: Sequence[Arra
         positions=torch.from_numpy(positions),
         cu_seqlens=torch.from_numpy(edges.astype(np.int32)),
         max_seqlen=int(lengths.max()),
+        bounds=tuple(edges.tolist()),
     )
 
 

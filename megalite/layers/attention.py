@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import megalite_kernels as kernels
 from megalite.layers.cache import LayerCache
 from megalite.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megalite.parallel.context import ContextSplit, context_attention
 from megalite.parallel.pieces import Init, Piece, whole
 from megalite.parallel.tensor import UNSPLIT, Shard, TensorSplit
 
@@ -26,6 +27,8 @@ class Context:
     """[segments + 1] int32: where each document of a packed batch starts; None for [B, S] batches."""
     max_seqlen: int | None = None
     """Longest document of a packed batch."""
+    sequence: ContextSplit | None = None
+    """With context parallelism: where this rank's tokens stand; the two above are then unused."""
     split: TensorSplit | None = None
     """How the tokens of the activations between the cut layers lie; None: as the layers were made."""
 
@@ -104,9 +107,12 @@ class Attention(nn.Module):
         q, k = self._place(q, k, context.rotary)
         if cache is not None:
             k, v = cache.append(k, v)
-        out = kernels.attention(
-            q, k, v, window=self.window, cu_seqlens=context.cu_seqlens, max_seqlen=context.max_seqlen
-        )
+        if context.sequence is not None:
+            out = context_attention(q, k, v, context.sequence, window=self.window)
+        else:
+            out = kernels.attention(
+                q, k, v, window=self.window, cu_seqlens=context.cu_seqlens, max_seqlen=context.max_seqlen
+            )
         return self.o_proj(out.flatten(-2), context.split)
 
     def _place(self, q: Tensor, k: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from megalite.layers.mlp import MLP, GatedMLP
 from megalite.layers.norm import NORMS
 from megalite.layers.rope import rope_frequencies, rope_tables, stretch_linear, stretch_llama3
 from megalite.parallel.collectives import all_gather
+from megalite.parallel.context import ContextSplit
 from megalite.parallel.loss import vocab_parallel_losses
 from megalite.parallel.tensor import UNSPLIT, TensorSplit, own_tokens
 
@@ -83,6 +84,7 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        sequence: ContextSplit | None = None,
         cache: list[LayerCache] | None = None,
     ) -> Tensor:
         """Final-normed hidden states.
@@ -93,6 +95,8 @@ class Transformer(nn.Module):
                 each document.
             cu_seqlens: [segments + 1] int32, first 0 and last T; only for packed tokens.
             max_seqlen: longest segment.
+            sequence: where this rank's part of a packed batch stands (context parallel); `tokens` and
+                `positions` are those of the part, and `cu_seqlens` is not needed.
             cache: from `new_cache`; the tokens continue those in it, and are added to it.
 
         Returns:
@@ -102,16 +106,17 @@ class Transformer(nn.Module):
             ValueError: packed tokens without `cu_seqlens` or with a cache; [B, S] tokens with `cu_seqlens`;
                 more tokens in a row than there are learned positions.
         """
-        _check_layout(tokens, cu_seqlens, cache)
+        _check_layout(tokens, positions, cu_seqlens, sequence, cache)
         start = cache[0].length if cache else 0
-        self._check_length(start + tokens.shape[-1] if cu_seqlens is None else max_seqlen)
+        packed = cu_seqlens is not None or sequence is not None
+        self._check_length(max_seqlen if packed else start + tokens.shape[-1])
         if positions is None:
             positions = _count_up(tokens, cu_seqlens, start)
         split = self._token_split(tokens, cache)
         x = self.embedding(tokens, split)
         if self.position_embedding is not None:
             x = x + self.position_embedding(own_tokens(positions, split))
-        context = Context(self._rotary(positions, x.dtype), cu_seqlens, max_seqlen, split)
+        context = Context(self._rotary(positions, x.dtype), cu_seqlens, max_seqlen, sequence, split)
         residual = None
         for i, layer in enumerate(self.layers):
             x, residual = layer(x, residual, context, cache[i] if cache else None)
@@ -159,12 +164,18 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        sequence: ContextSplit | None = None,
     ) -> Tensor:
         """Sum of the cross-entropies (nats) at all labels that are not IGNORE_INDEX: a float32 scalar.
 
         A sum, because only the caller knows how many valid labels the whole step has.
         """
-        where = {"positions": positions, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+        where = {
+            "positions": positions,
+            "cu_seqlens": cu_seqlens,
+            "max_seqlen": max_seqlen,
+            "sequence": sequence,
+        }
         return self._losses(tokens, labels, "sum", **where)
 
     def token_losses(
@@ -175,9 +186,15 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        sequence: ContextSplit | None = None,
     ) -> Tensor:
         """Cross-entropy (nats) of every token: fp32 [B * S] or [T], 0 where the label is IGNORE_INDEX."""
-        where = {"positions": positions, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+        where = {
+            "positions": positions,
+            "cu_seqlens": cu_seqlens,
+            "max_seqlen": max_seqlen,
+            "sequence": sequence,
+        }
         return self._losses(tokens, labels, "none", **where)
 
     def _losses(self, tokens: Tensor, labels: Tensor, reduction: str, **where: Any) -> Tensor:
@@ -272,9 +289,17 @@ def _count_up(tokens: Tensor, cu_seqlens: Tensor | None, start: int) -> Tensor:
     return positions - cu_seqlens[document]
 
 
-def _check_layout(tokens: Tensor, cu_seqlens: Tensor | None, cache: list[LayerCache] | None) -> None:
+def _check_layout(
+    tokens: Tensor,
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+    sequence: ContextSplit | None,
+    cache: list[LayerCache] | None,
+) -> None:
     packed = tokens.dim() == 1
-    if packed and cu_seqlens is None:
+    if sequence is not None and (not packed or positions is None):
+        raise ValueError("a part of a sequence is packed tokens [T] with their positions")
+    if packed and cu_seqlens is None and sequence is None:
         raise ValueError("packed tokens [T] need cu_seqlens; unpacked sequences are [B, S]")
     if not packed and cu_seqlens is not None:
         raise ValueError(f"cu_seqlens describes packed tokens [T], but the tokens are {list(tokens.shape)}")

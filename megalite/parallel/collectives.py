@@ -79,6 +79,27 @@ def reduce_scatter(whole: Tensor, axis: Axis) -> Tensor:
     return shard
 
 
+def start_ring_shift(tensor: Tensor, axis: Axis) -> tuple[Tensor, list[dist.Work]]:
+    """Send to the next rank and receive from the one before, not waited for: (received, what to wait for)."""
+    received = torch.empty_like(tensor)
+    after, before = (axis.rank + 1) % axis.size, (axis.rank - 1) % axis.size
+    return received, dist.batch_isend_irecv(
+        [
+            dist.P2POp(dist.isend, tensor, group=axis.group, group_peer=after),
+            dist.P2POp(dist.irecv, received, group=axis.group, group_peer=before),
+        ]
+    )
+
+
+def all_to_all(x: Tensor, axis: Axis) -> Tensor:
+    """Rank i's block j goes to rank j as its block i; x [n, ...] is contiguous, one block for each rank."""
+    if axis.group is None:
+        return x
+    received = torch.empty_like(x)
+    dist.all_to_all_single(received, x, group=axis.group)
+    return received
+
+
 def broadcast(tensor: Tensor, axis: Axis, source: int = 0) -> Tensor:
     """Overwrite `tensor` with that of rank `source` of the axis; returns it."""
     if axis.group is not None:

@@ -48,8 +48,8 @@ def validate(
         seq_length,
         config.overlap,
         tokens_per_batch=tokens_per_batch,
-        dp_rank=mesh.dp.rank,
-        dp_size=mesh.dp.size,
+        dp_rank=mesh.data.rank,
+        dp_size=mesh.data.size,
         selection=selection,
     )
     for batch, source_of_segment in batches:
@@ -60,7 +60,7 @@ def validate(
         valid = (batch.labels != IGNORE_INDEX).double()
         sums[0].index_add_(0, source, losses.double() * valid)
         sums[1].index_add_(0, source, valid)
-    all_reduce_sum(sums, mesh.dp)
+    all_reduce_sum(sums, mesh.data)
     return _summary(sums, validation.sources, selection, time.perf_counter() - start)
 
 

@@ -151,10 +151,13 @@ def validate_layout(config: RunConfig, mesh: Mesh) -> None:
         )
     config.train.validate_world(mesh.dp.size)
     tokens = config.train.micro_batch_size * config.train.seq_length
-    if tensor_split(config, mesh).sequence and tokens % mesh.tp.size:
+    parts = (2 * mesh.cp.size if mesh.cp.size > 1 else 1) * (
+        mesh.tp.size if tensor_split(config, mesh).sequence else 1
+    )
+    if tokens % parts:
         raise UserError(
-            f"train.micro_batch_size · train.seq_length = {tokens} tokens must be a multiple of "
-            f"parallel.tp={mesh.tp.size} for sequence parallelism"
+            f"train.micro_batch_size · train.seq_length = {tokens} tokens must be a multiple of {parts} to be divided "
+            f"over parallel.tp={mesh.tp.size} (sequence parallel) and 2 · parallel.cp={mesh.cp.size} chunks"
         )
 
 

@@ -19,6 +19,7 @@ from megalite.optim.adamw import AdamW
 from megalite.optim.clip import clip_coefficient, parameter_norms
 from megalite.optim.schedule import learning_rate
 from megalite.parallel.collectives import all_reduce_sum, gather_objects
+from megalite.parallel.context import ContextSplit
 from megalite.parallel.data import FlatBuffers
 from megalite.parallel.mesh import Mesh
 from megalite.parallel.partial import as_shares, norm_over, norm_shares, sum_partial_gradients
@@ -112,6 +113,7 @@ class Trainer:
                 positions=batch.positions,
                 cu_seqlens=batch.cu_seqlens,
                 max_seqlen=batch.max_seqlen,
+                sequence=self.context_split(batch),
             )
             timer.mark("forward")
             (loss * scale).backward()
@@ -142,7 +144,15 @@ class Trainer:
         batches = self.loader.step(train.samples_before(step), train.batch_size_at(step))
         if step + 1 < train.steps:
             self.loader.prefetch_step(train.samples_before(step + 1), train.batch_size_at(step + 1))
-        return [batch.to(self.mesh.device) for batch in batches]
+        parts = [
+            batch if (split := self.context_split(batch)) is None else batch.part(split) for batch in batches
+        ]
+        return [batch.to(self.mesh.device) for batch in parts]
+
+    def context_split(self, batch: MicroBatch) -> ContextSplit | None:
+        """Which of the batch's tokens are this process's; None: all."""
+        cp = self.mesh.cp
+        return ContextSplit(cp, self.config.parallel.cp_method, batch.bounds) if cp.size > 1 else None
 
     def local_report(self, loss_sum: Tensor, stop: StopSignal) -> Tensor:
         """What the processes tell each other in a step: float64 [2 + dp].

@@ -6,13 +6,16 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megalite.config import IGNORE_INDEX, ModelConfig, ParallelConfig
+from megalite.data.loader import MicroBatch, pack
 from megalite.models.transformer import Transformer
 from megalite.parallel.collectives import all_reduce_sum
-from megalite.parallel.mesh import Mesh, mesh_of_group
+from megalite.parallel.context import ContextSplit
+from megalite.parallel.mesh import mesh_of_group
 from megalite.parallel.partial import as_shares, norm_over, norm_shares, sum_partial_gradients
 from megalite.parallel.pieces import Piece, iter_pieces, piece_view
 from megalite.parallel.random import initialize
@@ -58,30 +61,38 @@ class Outcome:
     gradients: dict[str, Tensor]
 
 
-def packed_batch(tokens: int = 32, seed: int = 0) -> dict[str, Any]:
+def packed_batch(tokens: int = 32, seed: int = 0) -> MicroBatch:
     """Documents of unequal length, one of them without any valid label, and masked labels within others."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 301, (tokens,), generator=generator)
     labels = torch.randint(0, 301, (tokens,), generator=generator)
     bounds = [0, 5, 6, tokens // 2 + 3, tokens]
     labels[bounds[1] : bounds[2]] = IGNORE_INDEX
-    labels[torch.rand(tokens, generator=generator) < 0.2] = IGNORE_INDEX
-    return {
-        "tokens": ids,
-        "labels": labels,
-        "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
-        "max_seqlen": tokens,
-    }
+    labels[torch.rand(tokens, generator=generator) < 0.1 + 0.2 * (seed % 3)] = IGNORE_INDEX
+    return pack([ids.numpy()], [labels.numpy()], [np.array(bounds[:-1])])
 
 
-def one_process(config: ModelConfig, dtype: torch.dtype, batch: dict[str, Any]) -> Outcome:
+def one_process(config: ModelConfig, dtype: torch.dtype, batches: list[MicroBatch]) -> Outcome:
     """The truth: no axis, no collective."""
     model = build(config, TensorSplit(), dtype)
-    loss = model.loss(**batch)
-    loss.backward()
+    losses = [loss_of(model, batch, None) for batch in batches]
+    total = torch.stack(losses).sum()
+    total.backward()
     gradients = {piece.name: grad for piece, grad in gradient_pieces(model)}
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
-    return Outcome(float(loss.detach()), norm, gradients)
+    return Outcome(float(total.detach()), norm, gradients)
+
+
+def loss_of(model: Transformer, batch: MicroBatch, sequence: ContextSplit | None) -> Tensor:
+    """Summed loss of a batch, or of this rank's part of it."""
+    return model.loss(
+        batch.tokens,
+        batch.labels,
+        positions=batch.positions,
+        cu_seqlens=batch.cu_seqlens,
+        max_seqlen=batch.max_seqlen,
+        sequence=sequence,
+    )
 
 
 def build(config: ModelConfig, split: TensorSplit, dtype: torch.dtype) -> Transformer:
@@ -96,27 +107,32 @@ def gradient_pieces(model: Transformer) -> list[tuple[Piece, Tensor]]:
     return [(piece, piece_view(p.grad, piece)) for p, _, piece in iter_pieces(model) if p.grad is not None]
 
 
-def tensor_parallel_job(
-    config: ModelConfig, sequence: bool, dtype: torch.dtype, batch: dict[str, Any]
-) -> tuple[float, float, list[tuple[Piece, Tensor]]]:
-    """One rank's part: loss, norm over all ranks, and its pieces of the gradients."""
-    mesh = whole_mesh(ParallelConfig(tp=torch.distributed.get_world_size()))
-    model = build(config, TensorSplit(mesh.tp, sequence), dtype)
-    loss = model.loss(**batch)
-    loss.backward()
+Answer = tuple[float, float, list[tuple[Piece, Tensor]]]
+
+
+def layout_job(
+    layout: ParallelConfig, config: ModelConfig, dtype: torch.dtype, batches: list[MicroBatch]
+) -> Answer:
+    """One rank's part: loss and norm over all ranks, and its pieces of the gradients."""
+    mesh = mesh_of_group(layout, torch.device("cpu"))
+    model = build(config, TensorSplit(mesh.tp, layout.sequence_parallel and mesh.tp.size > 1), dtype)
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in batches[mesh.dp.rank :: mesh.dp.size]:
+        split = ContextSplit(mesh.cp, layout.cp_method, batch.bounds) if mesh.cp.size > 1 else None
+        loss = loss_of(model, batch if split is None else batch.part(split), split)
+        loss.backward()
+        total += loss.detach()
+    all_reduce_sum(total, mesh.data)
     gradients = gradient_pieces(model)
     sum_partial_gradients(gradients, mesh.tp)
+    for _, gradient in gradients:
+        all_reduce_sum(gradient, mesh.data)
     norms = torch.stack([torch.linalg.vector_norm(grad) for _, grad in gradients])
     norm = norm_over(norms, as_shares(norm_shares(gradients, mesh.tp), mesh.device), mesh.model)
-    return float(loss.detach()), float(norm), gradients
+    return float(total), float(norm), gradients
 
 
-def whole_mesh(config: ParallelConfig) -> Mesh:
-    """A mesh over the pool's ranks."""
-    return mesh_of_group(config, torch.device("cpu"))
-
-
-def put_together(answers: list[tuple[float, float, list[tuple[Piece, Tensor]]]]) -> Outcome:
+def put_together(answers: list[Answer]) -> Outcome:
     """One outcome from all ranks': parts of tensors laid side by side, everything that is doubled being equal."""
     losses, norms = {loss for loss, _, _ in answers}, {norm for _, norm, _ in answers}
     assert len(losses) == 1, f"ranks differ in the loss: {losses}"
@@ -146,8 +162,3 @@ def assert_equal(got: Outcome, truth: Outcome, tolerance: float) -> None:
         assert error <= tolerance * largest, f"{name}: {error:.3e} of {largest:.3e}"
         assert float(expected.abs().max()) > 0, f"{name} gets no gradient: the test shows nothing"
     assert abs(got.norm - truth.norm) <= tolerance * truth.norm, (got.norm, truth.norm)
-
-
-def summed(value: float, mesh: Mesh) -> float:
-    """Sum of a number over the data-parallel ranks."""
-    return float(all_reduce_sum(torch.tensor(value, dtype=torch.float64), mesh.data))
