@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from megalite_kernels.triton.attention_backward import (
     attention_delta_kernel,
@@ -17,6 +18,7 @@ from megalite_kernels.triton.attention_backward import (
     attention_dq_kernel,
 )
 from megalite_kernels.triton.attention_forward import attention_forward_kernel
+from megalite_kernels.triton.attention_tma import attention_forward_tma_kernel
 from megalite_kernels.triton.launch import Launch, Table, launch
 
 SECTION_BYTES = 16 << 20
@@ -46,6 +48,24 @@ FORWARD = _tables(
         "wide": {"default": (64, 32, 8, 1)},
     },
 )
+SPECIALIZE_FROM = (3, 9)
+"""First Triton version whose compiler takes `warp_specialize` on this loop (3.6 fails in it); Blackwell only."""
+_POINTERS, _TILES_90 = Launch(), {"BLOCK_M": 128, "BLOCK_N": 128, "SPECIALIZED": 0}
+_SPECIALIZED = int(tuple(int(part) for part in triton.__version__.split(".")[:2]) >= SPECIALIZE_FROM)
+_TILES_100 = {"BLOCK_M": 128, "BLOCK_N": 128, "SPECIALIZED": _SPECIALIZED}
+_NO_TMA = {"default": _POINTERS, "sm_120": _POINTERS, "interpreter": _POINTERS}
+FORWARD_TMA = {
+    size: Table(f"attention_fwd_tma_{size}", _NO_TMA | entries)
+    for size, entries in {
+        "64": {"sm_90": Launch(_TILES_90, 8, 2), "sm_100": Launch(_TILES_100, 4 if _SPECIALIZED else 8, 2)},
+        "128": {"sm_90": Launch(_TILES_90, 8, 2), "sm_100": Launch(_TILES_100, 4 if _SPECIALIZED else 8, 2)},
+        "256": {
+            "sm_90": Launch(_TILES_90 | {"BLOCK_N": 64}, 8, 2),
+            "sm_100": Launch(_TILES_100 | {"BLOCK_N": 64, "SPECIALIZED": 0}, 8, 2),
+        },
+    }.items()
+}
+"""Where the tiles come by TMA; an entry without blocks means the pointers of `FORWARD`."""
 DK_DV = _tables(
     "attention_dk_dv",
     {
@@ -175,22 +195,56 @@ def forward(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse_shape = (shape.batch, shape.heads, shape.queries)
     lse = torch.empty(lse_shape if q.dim() == 4 else lse_shape[1:], dtype=torch.float32, device=q.device)
-    config = _pick(FORWARD, shape, q.dtype)
+    constants = _constants(shape, causal, window, offset, softcap, scale) | {"PACKED": cu_seqlens is not None}
+    tma = None if q.dtype == torch.float32 else FORWARD_TMA[shape.size].pick()
+    if tma is not None and tma.blocks and all(_describable(x) for x in (q, k, v)):
+        config, kernel = tma, attention_forward_tma_kernel
+        constants |= _tma_constants(shape, config, constants)
+        tiles = (constants["D1"], constants["D2"])
+        m, n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
+        inputs = (*_descriptors(q, m, tiles), *_descriptors(k, n, tiles), *_descriptors(v, n, tiles))
+        strides: tuple[int, ...] = ()
+    else:
+        config, kernel, inputs = _pick(FORWARD, shape, q.dtype), attention_forward_kernel, (q, k, v)
+        strides = (*_strides(q), *_strides(k), *_strides(v))
     blocks = triton.cdiv(shape.longest_query, config.blocks["BLOCK_M"])
     groups = shape.heads // shape.kv_heads
     launch(
-        attention_forward_kernel,
+        kernel,
         (blocks * shape.heads * shape.sequences,),
         config,
-        *(q, k, v, out, lse, sinks),
-        *(cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k),
-        *(*_strides(q), *_strides(k), *_strides(v)),
+        *(*inputs, out, lse, sinks),
+        *(cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, *strides),
         *(shape.queries, shape.keys, window, offset, shape.heads, groups, blocks, shape.sequences),
         groups * shape.section(shape.longest_key, 2 * shape.dim * q.element_size()),
-        PACKED=cu_seqlens is not None,
-        **_constants(shape, causal, window, offset, softcap, scale),
+        **constants,
     )
     return out, lse
+
+
+def _describable(x: Tensor) -> bool:
+    """Whether x is one array [tokens, heads, features] that TMA can read: 16-byte strides, evenly spaced batch."""
+    strides, size = x.stride(), x.element_size()
+    even = x.dim() == 3 or x.shape[0] == 1 or strides[0] == x.shape[1] * strides[1]
+    aligned = all(stride > 0 and stride * size % 16 == 0 for stride in strides[-3:-1])
+    return even and aligned and x.numel() > 0 and x.data_ptr() % 16 == 0
+
+
+def _descriptors(x: Tensor, rows: int, tiles: tuple[int, int]) -> list[TensorDescriptor | None]:
+    """Of the two tiles of a head, [rows, 1, columns] of [tokens, heads, features]; zeros come from past the end."""
+    shape = [x.shape[:-2].numel(), *x.shape[-2:]]
+    strides = [x.stride(-3), x.stride(-2), 1]
+    return [TensorDescriptor(x, shape, strides, [rows, 1, columns]) if columns else None for columns in tiles]
+
+
+def _tma_constants(shape: Shape, config: Launch, constants: dict[str, Any]) -> dict[str, Any]:
+    """With specialised warps a head of 128 is held as 64 + 64: one warpgroup rescales the output, a tile at a time,
+    and has no registers for 128 columns. Rows past the keys are cleared where another sequence may follow."""
+    d1, d2 = constants["D1"], constants["D2"]
+    if config.blocks["SPECIALIZED"] and d1 >= 128 and d2 == 0:
+        d1 = d2 = d1 // 2
+    uneven = shape.batch > 1 and shape.keys % config.blocks["BLOCK_N"] != 0
+    return {"D1": d1, "D2": d2, "CLEAR": constants["PACKED"] or uneven}
 
 
 def backward(

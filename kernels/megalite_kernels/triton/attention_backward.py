@@ -71,33 +71,38 @@ def attention_delta_kernel(
 
 @triton.jit
 def gather_dk_dv(
-    dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, q_base, q_stride, dout_base, dout_stride, lse_base, delta_base,
-    key, rows, shift, window, first, last,
+    dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, q_base, q_stride_t, q_stride_h, dout_base, dout_stride_t,
+    dout_stride_h, lse_base, delta_base, statistics_stride, key, rows, shift, window, groups, first, last,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, BEFORE: tl.constexpr, CAP: tl.constexpr, FACTOR: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add what the query blocks from first to last give. Scores stand transposed, [keys, queries], so that
-    probabilities and their gradients are left operands, straight from registers."""
-    for start in tl.range(first, last, BLOCK_M):
-        q_rows = q_base + tl.cast(start, tl.int64) * q_stride
-        dout_rows = dout_base + tl.cast(start, tl.int64) * dout_stride
+    """Add what the query blocks from first to last of every head of the group give, in one loop that is pipelined
+    across heads. Scores stand transposed, [keys, queries], so that probabilities and their gradients are left
+    operands, straight from registers."""
+    count = tl.cdiv(tl.maximum(last - first, 0), BLOCK_M)
+    for index in tl.range(0, groups * count):
+        member = index // count
+        start = first + (index - member * count) * BLOCK_M
+        q_rows = q_base + tl.cast(start, tl.int64) * q_stride_t + member * q_stride_h
+        dout_rows = dout_base + tl.cast(start, tl.int64) * dout_stride_t + member * dout_stride_h
+        statistic = tl.cast(member, tl.int64) * statistics_stride + start
         left = rows - start
-        lse, delta = load_statistics(lse_base + start, delta_base + start, left, BLOCK_M)
-        q = load_tile(q_rows, q_stride, left, 0, D, BLOCK_M, D1, MASKED)
+        lse, delta = load_statistics(lse_base + statistic, delta_base + statistic, left, BLOCK_M)
+        q = load_tile(q_rows, q_stride_t, left, 0, D, BLOCK_M, D1, MASKED)
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")
         if D2:
-            q_tail = load_tile(q_rows, q_stride, left, D1, D, BLOCK_M, D2, MASKED)
+            q_tail = load_tile(q_rows, q_stride_t, left, D1, D, BLOCK_M, D2, MASKED)
             scores = tl.dot(k_tail, tl.trans(q_tail), scores, input_precision="ieee")
         scores, bent = capped(scores, BEFORE, CAP, k.dtype == tl.float32)
         if MASKED:
             position = start + tl.arange(0, BLOCK_M) + shift
             scores = masked(scores, position[None, :], key[:, None], 0x7FFFFFFF, window, CAUSAL, WINDOWED)
         probabilities = tl.exp2(scores * FACTOR - lse[None, :])
-        dout = load_tile(dout_rows, dout_stride, left, 0, D, BLOCK_M, D1, MASKED)
+        dout = load_tile(dout_rows, dout_stride_t, left, 0, D, BLOCK_M, D1, MASKED)
         dv = tl.dot(probabilities.to(dout.dtype), dout, dv, input_precision="ieee")
         dscores = tl.dot(v, tl.trans(dout), input_precision="ieee")
         if D2:
-            dout_tail = load_tile(dout_rows, dout_stride, left, D1, D, BLOCK_M, D2, MASKED)
+            dout_tail = load_tile(dout_rows, dout_stride_t, left, D1, D, BLOCK_M, D2, MASKED)
             dv_tail = tl.dot(probabilities.to(dout.dtype), dout_tail, dv_tail, input_precision="ieee")
             dscores = tl.dot(v_tail, tl.trans(dout_tail), dscores, input_precision="ieee")
         dscores = probabilities * (dscores - delta[None, :])
@@ -151,28 +156,29 @@ def attention_dk_dv_kernel(
     dv = tl.zeros((BLOCK_N, D1), tl.float32)
     dk_tail = tl.zeros((BLOCK_N, D2 if D2 else 1), tl.float32)
     dv_tail = tl.zeros((BLOCK_N, D2 if D2 else 1), tl.float32)
-    for member in tl.range(0, groups):
-        head = kv_head * groups + member
-        q_base = q_ptr + batch * q_stride_b + q_token * q_stride_t + head * q_stride_h
-        dout_base = dout_ptr + batch * dout_stride_b + q_token * dout_stride_t + head * dout_stride_h
-        lse_base = lse_ptr + (batch * kv_heads * groups + head) * q_len + q_token
-        delta_base = delta_ptr + (batch * kv_heads * groups + head) * q_len + q_token
-        if CAUSAL or WINDOWED:
-            dk, dk_tail, dv, dv_tail = gather_dk_dv(
-                dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, q_base, q_stride_t, dout_base, dout_stride_t,
-                lse_base, delta_base, key, rows, shift, window, first, full_first,
-                CAUSAL, WINDOWED, BEFORE, CAP, FACTOR, D, D1, D2, BLOCK_M, True,
-            )  # fmt: skip
+    head = kv_head * groups
+    q_base = q_ptr + batch * q_stride_b + q_token * q_stride_t + head * q_stride_h
+    dout_base = dout_ptr + batch * dout_stride_b + q_token * dout_stride_t + head * dout_stride_h
+    statistic = (batch * kv_heads * groups + head) * q_len + q_token
+    if CAUSAL or WINDOWED:
         dk, dk_tail, dv, dv_tail = gather_dk_dv(
-            dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, q_base, q_stride_t, dout_base, dout_stride_t,
-            lse_base, delta_base, key, rows, shift, window, full_first, full_last,
-            CAUSAL, WINDOWED, BEFORE, CAP, FACTOR, D, D1, D2, BLOCK_M, False,
-        )  # fmt: skip
-        dk, dk_tail, dv, dv_tail = gather_dk_dv(
-            dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, q_base, q_stride_t, dout_base, dout_stride_t,
-            lse_base, delta_base, key, rows, shift, window, full_last, last,
+            dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, q_base, q_stride_t, q_stride_h, dout_base, dout_stride_t,
+            dout_stride_h, lse_ptr + statistic, delta_ptr + statistic, q_len, key, rows, shift, window, groups,
+            first, full_first,
             CAUSAL, WINDOWED, BEFORE, CAP, FACTOR, D, D1, D2, BLOCK_M, True,
         )  # fmt: skip
+    dk, dk_tail, dv, dv_tail = gather_dk_dv(
+        dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, q_base, q_stride_t, q_stride_h, dout_base, dout_stride_t,
+        dout_stride_h, lse_ptr + statistic, delta_ptr + statistic, q_len, key, rows, shift, window, groups,
+        full_first, full_last,
+        CAUSAL, WINDOWED, BEFORE, CAP, FACTOR, D, D1, D2, BLOCK_M, False,
+    )  # fmt: skip
+    dk, dk_tail, dv, dv_tail = gather_dk_dv(
+        dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, q_base, q_stride_t, q_stride_h, dout_base, dout_stride_t,
+        dout_stride_h, lse_ptr + statistic, delta_ptr + statistic, q_len, key, rows, shift, window, groups,
+        full_last, last,
+        CAUSAL, WINDOWED, BEFORE, CAP, FACTOR, D, D1, D2, BLOCK_M, True,
+    )  # fmt: skip
     at = ((batch * k_len + k_token) * kv_heads + kv_head) * D
     store_tile(dk_ptr + at, kv_heads * D, keys - start, dk * SCALE, 0, D, BLOCK_N, D1)
     store_tile(dv_ptr + at, kv_heads * D, keys - start, dv, 0, D, BLOCK_N, D1)
