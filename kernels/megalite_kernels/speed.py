@@ -96,8 +96,10 @@ def measure_case(
         moved, flops = work.bytes(kind == BOTH), work.flops(kind == BOTH)
         if name == PRODUCT:
             moved, flops = 3 * size**2 * itemsize, 2 * size**3
+        elif name == COPY:
+            flops = 0
         of_copy = 0.0 if name == PRODUCT else found[COPY, kind].median_ms / timing.median_ms
-        of_gemm = 0.0 if name == COPY else flops / timing.median_ms / 1e6 / peak
+        of_gemm = flops / timing.median_ms / 1e6 / peak
         speeds.append(Speed(case.name, name, kind, dtype, shape, timing, moved, flops, of_copy, of_gemm))
     return speeds
 

@@ -109,6 +109,10 @@ def _packed(shape: Shape, generator: torch.Generator) -> Inputs:
     return Inputs([2 * normal(generator, shape["T"], 2 * shape["F"])])
 
 
+def _pair(shape: Shape, generator: torch.Generator) -> Inputs:
+    return Inputs([2 * normal(generator, shape["T"], shape["F"]) for _ in range(2)])
+
+
 def _single(shape: Shape, generator: torch.Generator) -> Inputs:
     return Inputs([2 * normal(generator, shape["T"], shape["F"])])
 
@@ -142,6 +146,10 @@ ACTIVATIONS = (
     Case(
         "geglu", "geglu", geglu, _plain_geglu, _packed, row_work("T", "F", 3, 5, 9, 20), **ACTIVATION_SHAPES
     ),
+    Case("swiglu", "swiglu pair", swiglu, lambda gate, up: F.silu(gate) * up, _pair, row_work("T", "F", 3, 5, 5, 12),
+         **ACTIVATION_SHAPES),
+    Case("geglu", "geglu pair", geglu, lambda gate, up: F.gelu(gate, approximate="tanh") * up, _pair,
+         row_work("T", "F", 3, 5, 9, 20), **ACTIVATION_SHAPES),
     Case(
         "gelu",
         "gelu",
@@ -160,7 +168,7 @@ ACTIVATIONS = (
         row_work("T", "F", 2, 3, 2, 3),
         **ACTIVATION_SHAPES,
     ),
-)
+)  # fmt: skip
 
 
 def angle_table(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:

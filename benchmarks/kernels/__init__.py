@@ -1,0 +1,1 @@
+"""Kernel benchmarks: `python -m benchmarks.kernels` runs all, `python -m benchmarks.kernels.bench_OP` one."""

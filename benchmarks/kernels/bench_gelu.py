@@ -1,0 +1,16 @@
+"""gelu (tanh) against torch and torch.compile."""
+
+from __future__ import annotations
+
+import sys
+
+from benchmarks.kernels.common import Benchmark, main
+from benchmarks.kernels.peers import PEERS
+
+BENCHMARK = Benchmark(
+    "gelu",
+    PEERS,
+)
+
+if __name__ == "__main__":
+    sys.exit(main(BENCHMARK))
