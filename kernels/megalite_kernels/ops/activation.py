@@ -11,6 +11,7 @@ from megalite_kernels._library import define
 from megalite_kernels.backend import register, register_lazy
 from megalite_kernels.ops import checks
 from megalite_kernels.ops.native_support import NATIVE, native_supports
+from megalite_kernels.ops.triton_support import TRITON, triton_supports
 from megalite_kernels.reference import activation as reference
 
 
@@ -140,6 +141,8 @@ for _op, _function, _name in (
     register(_op, "reference", _function)
     _target = f"megalite_kernels.native.activation:{_name}"
     register_lazy(_op, "cpu", _target, requires=NATIVE, supports=native_supports)
+    _target = f"megalite_kernels.triton.activation:{_name}"
+    register_lazy(_op, "triton", _target, requires=TRITON, supports=triton_supports)
 
 
 class _Activation(torch.autograd.Function):
