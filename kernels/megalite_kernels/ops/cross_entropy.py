@@ -104,14 +104,13 @@ def reference_grad_(logits: Tensor, target: Tensor, scale: Tensor, *options: Any
     return reference.grad_(logits, target, scale, LossOptions(*options))
 
 
-def register_backends(op: str, function: Any, native_name: str, triton_name: str | None = None) -> None:
+def register_backends(op: str, function: Any, native_name: str, triton_name: str) -> None:
     """The reference, the CPU's and the GPU's implementation of one of the losses' ops."""
     register(op, "reference", function)
     native = f"megalite_kernels.native.cross_entropy:{native_name}"
     register_lazy(op, "cpu", native, requires=NATIVE, supports=native_supports)
-    if triton_name is not None:
-        target = f"megalite_kernels.triton.{triton_name}"
-        register_lazy(op, "triton", target, requires=TRITON, supports=triton_supports)
+    target = f"megalite_kernels.triton.{triton_name}"
+    register_lazy(op, "triton", target, requires=TRITON, supports=triton_supports)
 
 
 _forward = define(
@@ -127,9 +126,9 @@ _loss_and_grad_ = define(
     f"cross_entropy_grad_(Tensor(a!) logits, Tensor target, Tensor scale, {OPTIONS_SCHEMA}) -> (Tensor, Tensor)",
     fake=lambda logits, target, scale, *options: (_row(logits), _row(logits)),
 )
-register_backends("cross_entropy_fwd", reference_forward, "forward")
-register_backends("cross_entropy_bwd", reference_backward, "backward")
-register_backends("cross_entropy_grad_", reference_grad_, "grad_")
+register_backends("cross_entropy_fwd", reference_forward, "forward", "cross_entropy:forward")
+register_backends("cross_entropy_bwd", reference_backward, "backward", "cross_entropy:backward")
+register_backends("cross_entropy_grad_", reference_grad_, "grad_", "cross_entropy:grad_")
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -261,6 +261,10 @@ _grad_ = define(
     f"{SHARD_SCHEMA}, {OPTIONS_SCHEMA}) -> ()",
     fake=lambda *args: None,
 )
-register_backends("cross_entropy_local_fwd", reference_local, "local")
-register_backends("cross_entropy_local_bwd", reference_local_grad, "local_backward")
-register_backends("cross_entropy_local_bwd_", reference_local_grad_, "local_backward_")
+register_backends("cross_entropy_local_fwd", reference_local, "local", "cross_entropy:local")
+register_backends(
+    "cross_entropy_local_bwd", reference_local_grad, "local_backward", "cross_entropy:local_backward"
+)
+register_backends(
+    "cross_entropy_local_bwd_", reference_local_grad_, "local_backward_", "cross_entropy:local_backward_"
+)

@@ -118,9 +118,11 @@ _scaled_copy = define(
     "scaled_copy(Tensor x, Tensor scale, ScalarType dtype) -> Tensor",
     fake=lambda x, scale, dtype: x.new_empty(x.shape, dtype=dtype),
 )
-register_backends("linear_cross_entropy_fwd", reference_losses, "linear_losses")
-register_backends("linear_cross_entropy_grad", reference_grads, "linear_grads")
-register_backends("scaled_copy", reference_scaled_copy, "scaled_copy")
+register_backends(
+    "linear_cross_entropy_fwd", reference_losses, "linear_losses", "linear_cross_entropy:losses"
+)
+register_backends("linear_cross_entropy_grad", reference_grads, "linear_grads", "linear_cross_entropy:grads")
+register_backends("scaled_copy", reference_scaled_copy, "scaled_copy", "linear_cross_entropy:scaled_copy")
 
 
 def _per_token(x: Tensor) -> Tensor:

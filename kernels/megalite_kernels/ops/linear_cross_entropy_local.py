@@ -194,6 +194,18 @@ shard_grads_ = define(
     f"{SHARD_SCHEMA}, {OPTIONS_SCHEMA}) -> (Tensor, Tensor)",
     fake=lambda x, weight, bias, *rest: fake_grads(x, weight, bias)[::2],
 )
-register_backends("linear_cross_entropy_local_fwd", reference_stats, "linear_stats")
-register_backends("linear_cross_entropy_bwd", reference_shard_grads, "linear_shard_grads")
-register_backends("linear_cross_entropy_bwd_", reference_shard_grads_, "linear_shard_grads_")
+register_backends(
+    "linear_cross_entropy_local_fwd", reference_stats, "linear_stats", "linear_cross_entropy:shard_stats"
+)
+register_backends(
+    "linear_cross_entropy_bwd",
+    reference_shard_grads,
+    "linear_shard_grads",
+    "linear_cross_entropy:shard_grads",
+)
+register_backends(
+    "linear_cross_entropy_bwd_",
+    reference_shard_grads_,
+    "linear_shard_grads_",
+    "linear_cross_entropy:shard_grads_",
+)
