@@ -237,8 +237,7 @@ class _Patcher:
         error: float | None = None
         try:
             if self.verify:
-                for inputs in proposal.inputs:
-                    attention_rules.require_reached(module, spec, inputs)
+                attention_rules.require_reached(module, spec, proposal.inputs)
                 error = max(check.verify(module, spec, inputs) for inputs in proposal.inputs)
             swap.apply(module, spec)
         except check.MismatchError as mismatch:
@@ -270,11 +269,12 @@ class _Patcher:
             self._skip(name, module, "linear_cross_entropy", reason)
             return
         try:
-            error = loss.verify(head, proposal.inputs[0]) if self.verify else None
+            error = loss.verify(head) if self.verify else None
         except check.MismatchError as mismatch:
             self._skip(name, module, "linear_cross_entropy", str(mismatch))
             return
         for target, spec in ((head, loss.HeadSpec()), (module, owner)):
-            swap.apply(target, spec)
-            self.changes.append((target, spec))
+            if spec not in swap.layers(target)[1]:  # a head may serve a model and one around it
+                swap.apply(target, spec)
+                self.changes.append((target, spec))
         self.rows.append(Row(name, type(module).__name__, "linear_cross_entropy", error, note=proposal.note))

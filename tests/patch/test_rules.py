@@ -224,8 +224,8 @@ def rotate_back(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor,
 
 
 def test_rotary_layouts_are_told_apart():
-    assert rotary_layout(rotate) is False
-    assert rotary_layout(rotate_pairs) is True
+    assert rotary_layout(rotate) == (False, True)
+    assert rotary_layout(rotate_pairs) == (True, True)
     assert rotary_layout(rotate_back) is None
     assert rotary_layout(lambda q, k, cos, sin: 1 / 0) is None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,12 +48,14 @@ class RopeSpec(Spec):
     """The module's methods with the fused rotary embedding in the place of theirs."""
 
     interleaved: bool
+    doubled: bool
+    """Whether the module's cosines and sines have one column per feature, and not one per pair."""
 
     def methods(self, cls: type[nn.Module]) -> Methods:
         def replace(name: str, value: Any, names: frozenset[str]) -> Any:
             if not is_rotary(value):
                 return value
-            return functools.partial(fused_rotary, value, self.interleaved)
+            return functools.partial(fused_rotary, value, (self.interleaved, self.doubled))
 
         return _rebound(cls, replace)
 
@@ -121,20 +124,22 @@ def _shapes_fit(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def fused_sdpa(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """torch's scaled_dot_product_attention on the fused op, where that can do the call."""
     options = {**dict(zip(("attn_mask", "dropout_p", "is_causal"), args, strict=False)), **kwargs}
-    fits = (
-        options.get("attn_mask") is None
-        and not options.get("dropout_p")
-        and set(options) <= SDPA_OPTIONS
-        and len(args) <= 3
-    )
-    causal = bool(options.get("is_causal", False))
+    fits = not options.get("dropout_p") and set(options) <= SDPA_OPTIONS and len(args) <= 3
+    causal, mask = bool(options.get("is_causal", False)), options.get("attn_mask")
+    masked = mask is not None and not causal and is_plain_causal(mask, query.shape[-2], key.shape[-2], None)
+    fits &= mask is None or masked
     q, k, v = autocast(query, key, value) if plain(query, key, value) else (query, key, value)
-    grouped = q.shape[-3:-2] == k.shape[-3:-2] or options.get("enable_gqa", False)
+    # One key head for all queries is a broadcast to torch, other numbers must be asked for.
+    grouped = k.shape[-3:-2] in (q.shape[-3:-2], (1,)) or options.get("enable_gqa", False)
     # torch's causal mask starts at the first key, ours ends at the last: the same for equal lengths only.
     if not (fits and grouped and _shapes_fit(q, k, v)) or (causal and q.shape[2] != k.shape[2]):
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, *args, **kwargs)
     out = attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=causal, scale=options.get("scale")
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        causal=causal or masked,
+        scale=options.get("scale"),
     )
     return out.transpose(1, 2)
 
@@ -216,7 +221,7 @@ def _collected() -> tuple[str, ...]:
 
 def fused_rotary(
     original: Callable[..., Any],
-    interleaved: bool,
+    layout: tuple[bool, bool],
     q: Tensor,
     k: Tensor,
     cos: Tensor,
@@ -224,13 +229,16 @@ def fused_rotary(
     *args: Any,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """`rope` on [B, heads, S, D] (unsqueeze_dim=1) or [B, S, heads, D] (2) with doubled [B, S, D] angles."""
+    """`rope` on [B, heads, S, D] (unsqueeze_dim=1) or [B, S, heads, D] (2); layout is (interleaved, doubled)."""
+    interleaved, doubled = layout
     dim = options.get("unsqueeze_dim", 1)
     fits = not args and set(options) <= {"unsqueeze_dim"} and dim in (1, 2)
-    if not fits or not _angles_fit(q, k, cos, sin, 3 - dim):
+    if not fits or not _angles_fit(q, k, cos, sin, 3 - dim, doubled):
         result: tuple[Tensor, Tensor] = original(q, k, cos, sin, *args, **options)
         return result
-    step = slice(None, None, 2) if interleaved else slice(cos.shape[-1] // 2)
+    step = slice(None)
+    if doubled:
+        step = slice(None, None, 2) if interleaved else slice(cos.shape[-1] // 2)
     one_for_all = cos.shape[0] == 1
     cos, sin = ((x[0] if one_for_all else x)[..., step].float().contiguous() for x in (cos, sin))
     if dim == 1:
@@ -239,26 +247,33 @@ def fused_rotary(
     return (q.transpose(1, 2), k.transpose(1, 2)) if dim == 1 else (q, k)
 
 
-def _angles_fit(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, length_dim: int) -> bool:
+def _angles_fit(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, length_dim: int, doubled: bool) -> bool:
     if not plain(q, k, cos, sin) or q.dim() != 4 or cos.dim() != 3 or q.dtype != k.dtype:
         return False
     sizes = cos.shape == sin.shape and cos.shape[0] in (1, q.shape[0]) and cos.shape[1] == q.shape[length_dim]
-    return sizes and cos.shape[2] == q.shape[3] == k.shape[3] and k.shape[length_dim] == q.shape[length_dim]
+    features = cos.shape[2] if doubled else 2 * cos.shape[2]
+    return sizes and features == q.shape[3] == k.shape[3] and k.shape[length_dim] == q.shape[length_dim]
 
 
-def rotary_layout(original: Callable[..., Any]) -> bool | None:
-    """By trying: False if the function turns halves of a head, True if neighbours, None if it does something else."""
+def rotary_layout(original: Callable[..., Any]) -> tuple[bool, bool] | None:
+    """(interleaved, doubled) of a rotary function, found by trying; None if it does something else."""
     source = torch.Generator().manual_seed(22)
     q, k = (torch.randn(2, heads, 5, 8, generator=source) for heads in (4, 2))
-    angles = torch.randn(2, 5, 4, generator=source)
-    for interleaved in (False, True):
-        full = angles.repeat_interleave(2, -1) if interleaved else torch.cat((angles, angles), -1)
-        cos, sin = full.cos(), full.sin()
+    half = torch.randn(2, 5, 4, generator=source)
+    for layout in itertools.product((False, True), (True, False)):
+        full = widened(half, *layout)
         try:
-            theirs = original(q, k, cos, sin)
-            ours = fused_rotary(original, interleaved, q, k, cos, sin)
+            theirs = original(q, k, full.cos(), full.sin())
+            ours = fused_rotary(original, layout, q, k, full.cos(), full.sin())
+            if all(torch.allclose(a, b, atol=1e-5) for a, b in zip(theirs, ours, strict=True)):
+                return layout
         except Exception:  # a function of another kind may fail in any way
-            return None
-        if all(torch.allclose(a, b, atol=1e-5) for a, b in zip(theirs, ours, strict=True)):
-            return interleaved
+            continue
     return None
+
+
+def widened(half: Tensor, interleaved: bool, doubled: bool) -> Tensor:
+    """Angles of pairs as a module of this layout has them."""
+    if not doubled:
+        return half
+    return half.repeat_interleave(2, -1) if interleaved else torch.cat((half, half), -1)

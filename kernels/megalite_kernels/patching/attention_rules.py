@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megalite_kernels.patching.attention import AttentionSpec, RopeSpec, is_rotary, rotary_layout
+from megalite_kernels.patching.attention import (
+    AttentionSpec,
+    RopeSpec,
+    is_rotary,
+    rotary_layout,
+    widened,
+)
 from megalite_kernels.patching.check import Inputs, MismatchError, random_input, run
 from megalite_kernels.patching.common import Proposal, projections
 from megalite_kernels.patching.rebind import methods_behind_forward, used_names
@@ -43,7 +49,8 @@ def propose_rope(module: nn.Module) -> Proposal | None:
     layouts = {rotary_layout(function) for function in functions}
     if None in layouts or len(layouts) > 1:
         return Proposal("rope", (), (), note="its rotary function has a layout of its own")
-    return Proposal("rope", (RopeSpec(bool(layouts.pop())),), calls(module))
+    layout = next(layout for layout in layouts if layout is not None)
+    return Proposal("rope", (RopeSpec(*layout),), calls(module, layout))
 
 
 def _note(module: nn.Module) -> str:
@@ -57,7 +64,7 @@ def _note(module: nn.Module) -> str:
     return f"{FALLBACKS}; so do all in training with dropout {dropout}" if dropout else FALLBACKS
 
 
-def calls(module: nn.Module) -> tuple[Inputs, ...]:
+def calls(module: nn.Module, layout: tuple[bool, bool] = (False, True)) -> tuple[Inputs, ...]:
     """Calls of the forward without a mask and, where it takes one, with a causal mask."""
     sizes = projections(module)
     names = set(inspect.signature(module.forward).parameters)
@@ -65,16 +72,30 @@ def calls(module: nn.Module) -> tuple[Inputs, ...]:
         return ()
     hidden = next(iter(sizes.values()))[0]
     masks = (False, True) if "attention_mask" in names else (False,)
-    return tuple(_call(module, hidden, mask) for mask in masks)
+    pairs = _rotary_pairs(module, hidden, layout) if names & {"position_embeddings", "cos"} else 1
+    return tuple(_call(module, hidden, mask, (pairs, *layout)) for mask in masks)
 
 
-def _call(module: nn.Module, hidden: int, masked: bool) -> Inputs:
+def _rotary_pairs(module: nn.Module, hidden: int, layout: tuple[bool, bool]) -> int:
+    """How many features of a head are turned, in pairs: half of the head unless that fails."""
+    heads = next((getattr(module, n) for n in ("num_heads", "n_head", "n_heads") if hasattr(module, n)), 1)
+    head_dim = getattr(module, "head_dim", None) or getattr(module, "head_size", None) or hidden // heads
+    for pairs in (head_dim // 2, head_dim // 4, head_dim // 8):
+        try:
+            run(module, _call(module, hidden, False, (pairs, *layout)), torch.float32, gradients=False)
+            return pairs
+        except Exception:  # the module may fail in any way on angles of a wrong size
+            continue
+    return head_dim // 2
+
+
+def _call(module: nn.Module, hidden: int, masked: bool, rotary: tuple[int, bool, bool]) -> Inputs:
     parameters = list(inspect.signature(module.forward).parameters.values())
 
     def inputs(dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
         x = random_input(module, 2, ROWS, hidden).bfloat16().to(dtype)
         given: dict[str, Any] = {"attention_mask": causal_mask(module, x) if masked else None}
-        cos, sin = angles(module, hidden, x)
+        cos, sin = angles(x, *rotary)
         given |= {"position_embeddings": (cos, sin), "cos": cos, "sin": sin}
         chosen = {
             p.name: given.get(p.name) for p in parameters[1:] if p.name in given or p.default is p.empty
@@ -84,14 +105,11 @@ def _call(module: nn.Module, hidden: int, masked: bool) -> Inputs:
     return inputs
 
 
-def angles(module: nn.Module, hidden: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Doubled cosines and sines [1, ROWS, head_dim], rounded as the model's own are."""
-    heads = next((getattr(module, n) for n in ("num_heads", "n_head", "n_heads") if hasattr(module, n)), 1)
-    head_dim = getattr(module, "head_dim", None) or hidden // heads
-    half = torch.arange(ROWS, device=x.device)[:, None] * torch.linspace(
-        1.0, 0.01, head_dim // 2, device=x.device
-    )
-    full = torch.cat((half, half), dim=-1)[None]
+def angles(x: Tensor, pairs: int, interleaved: bool, doubled: bool) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [1, ROWS, features], rounded as a 16-bit model's are."""
+    position = torch.arange(ROWS, device=x.device)[:, None]
+    half = position * torch.linspace(1.0, 0.01, max(pairs, 1), device=x.device)
+    full = widened(half, interleaved, doubled)[None]
     return full.cos().bfloat16().to(x.dtype), full.sin().bfloat16().to(x.dtype)
 
 
@@ -123,8 +141,8 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def require_reached(module: nn.Module, spec: Spec, inputs: Inputs) -> None:
-    """Under the spec, the fused op runs in this call.
+def require_reached(module: nn.Module, spec: Spec, calls: tuple[Inputs, ...]) -> None:
+    """Under the spec, the fused op runs in at least one of these calls.
 
     Raises:
         MismatchError: it doesn't, so nothing would be gained.
@@ -136,7 +154,8 @@ def require_reached(module: nn.Module, spec: Spec, inputs: Inputs) -> None:
     apply(module, spec)
     try:
         with recorder:
-            run(module, inputs, torch.float32, gradients=False)
+            for inputs in calls:
+                run(module, inputs, torch.float32, gradients=False)
     finally:
         revert(module, spec)
     if op not in recorder.names:

@@ -14,12 +14,14 @@ from megalite_kernels.patching import check
 from megalite_kernels.patching.check import Inputs, random_input
 from megalite_kernels.patching.common import Proposal, features, plain
 from megalite_kernels.patching.lazy import LazyLogits
-from megalite_kernels.patching.swap import Methods, Spec, apply, one_input, revert, with_original_signature
+from megalite_kernels.patching.swap import Methods, Spec, apply, one_input, with_original_signature
 
 TARGETS = ("labels", "targets", "target")
 HEADS = ("lm_head", "head", "output", "embed_out", "unembed", "proj_out")
 SWITCH = "_megalite_lazy"
 """Attribute that the head has while its owner's forward runs with targets in training."""
+
+CHECK_ROWS = 4096
 
 NOTE = "in training with targets; logits are then computed only if looked at"
 
@@ -142,10 +144,41 @@ def loss_call(head: nn.Module, weight: Tensor) -> Inputs:
     return inputs
 
 
-def verify(head: nn.Module, inputs: Inputs) -> float:
-    """Compare the fused loss with cross_entropy of the head's own logits, as `check.verify` does."""
-    apply(head, LossCheckSpec(fused=False))
-    try:
-        return check.verify(head, LossCheckSpec(fused=True), inputs)
-    finally:
-        revert(head, LossCheckSpec(fused=False))
+@dataclass(frozen=True)
+class ProjectionSpec(Spec):
+    """For the check only: a head that is nothing but a product with its weight."""
+
+    def methods(self, cls: type[nn.Module]) -> Methods:
+        def forward(module: nn.Module, x: Tensor) -> Tensor:
+            return functional.linear(x, module.weight, getattr(module, "bias", None))  # type: ignore[arg-type]
+
+        return {"forward": forward}
+
+
+def verify(head: nn.Module) -> float:
+    """The head is a projection, and the fused loss agrees with cross_entropy of its logits, as in `check.verify`.
+
+    Losses are compared on the first CHECK_ROWS rows of the vocabulary, so that the check of a large model needs
+    little memory.
+    """
+    weight, bias = _weights(head)
+
+    def hidden(dtype: torch.dtype) -> tuple[tuple[Tensor], dict[str, object]]:
+        return (random_input(head, 8, weight.shape[1]).bfloat16().to(dtype),), {}
+
+    distance = check.same_forward(head, ProjectionSpec(), hidden)
+    if distance > check.SAME_FUNCTION:
+        raise check.MismatchError(f"its head is no plain projection: differs by {distance:.1e} in float32")
+    rows = min(CHECK_ROWS, weight.shape[0])
+    small = nn.Linear(weight.shape[1], rows, bias=bias is not None, device="meta")
+    small.weight = nn.Parameter(weight.detach()[:rows])
+    if bias is not None:
+        small.bias = nn.Parameter(bias.detach()[:rows])
+    apply(small, LossCheckSpec(fused=False))
+    return check.verify(small, LossCheckSpec(fused=True), loss_call(small, small.weight))
+
+
+def _weights(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+    weight, bias = head.weight, getattr(head, "bias", None)
+    assert isinstance(weight, Tensor)
+    return weight, bias
