@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megalite_kernels.ops.activation import swiglu
+from megalite_kernels.ops.activation import geglu, gelu, swiglu
 from megalite_kernels.ops.layer_norm import layer_norm
 from megalite_kernels.ops.linear_cross_entropy import linear_cross_entropy
 from megalite_kernels.ops.rms_norm import rms_norm
@@ -92,6 +92,29 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] to [..., H]."""
         return self.down(swiglu(self.gate_up(x)))
+
+
+class GEGLU(SwiGLU):
+    """As `SwiGLU` with GELU in its tanh form: `down(gelu(gate(x)) * up(x))`, the MLP of Gemma."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., H] to [..., H]."""
+        return self.down(geglu(self.gate_up(x)))
+
+
+class GELU(nn.Module):
+    """`gelu` as a module; arguments and default as torch's: approximate is "none" (exact) or "tanh"."""
+
+    def __init__(self, approximate: str = "none") -> None:
+        super().__init__()
+        self.approximate = approximate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Like x."""
+        return gelu(x, approximate=self.approximate)
+
+    def extra_repr(self) -> str:
+        return f"approximate={self.approximate!r}"
 
 
 class LinearCrossEntropy(nn.Module):
