@@ -61,12 +61,12 @@ def store_pairs(
 
 @triton.jit
 def load_angles(
-    cos_ptr, sin_ptr, token, table_rows,
+    cos_ptr, sin_ptr, row,
     HALF: tl.constexpr, BLOCK_R: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
-    """The token's cos and sin, fp32 [1, BLOCK_R]; a table of one sequence serves every batch."""
+    """Row `row` of the tables, fp32 [1, BLOCK_R]."""
     cols = tl.arange(0, BLOCK_R)[None, :]
-    at = (token % table_rows).to(tl.int64) * HALF + cols
+    at = row.to(tl.int64) * HALF + cols
     cos = tl.load(cos_ptr + at, mask=cols < HALF, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + at, mask=cols < HALF, other=0.0).to(tl.float32)
     if INVERSE:
@@ -76,7 +76,7 @@ def load_angles(
 
 @triton.jit
 def rotate_heads(
-    x_ptr, out_ptr, weight_ptr, rstd_ptr, token, sequence, cos, sin,
+    x_ptr, out_ptr, weight_ptr, rstd_ptr, token, batch, place, cos, sin,
     stride_b, stride_s, stride_n,
     HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_REST: tl.constexpr,
     BLOCK_N: tl.constexpr, EPS: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, IN_PLACE: tl.constexpr,
@@ -93,7 +93,7 @@ def rotate_heads(
         head = start + tl.arange(0, BLOCK_N).to(tl.int64)[:, None]
         mask = head < HEADS
         rest_mask = mask & (rest < DIM - 2 * HALF)
-        source = (token // sequence) * stride_b + (token % sequence) * stride_s + head * stride_n
+        source = batch * stride_b + place * stride_s + head * stride_n
         first, second = load_pairs(x_ptr, source, mask, HALF, BLOCK_R, BLOCK_N, INTERLEAVED)
         if NORM:
             squares = tl.sum(first * first + second * second, 1)
@@ -125,32 +125,40 @@ def rotate_heads(
 @triton.jit
 def rotate_kernel(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_norm_ptr, k_norm_ptr,
-    q_rstd_ptr, k_rstd_ptr, cos_ptr, sin_ptr, sequence, table_rows,
+    q_rstd_ptr, k_rstd_ptr, cos_ptr, sin_ptr, sequence,
     q_stride_b, q_stride_s, q_stride_n, k_stride_b, k_stride_s, k_stride_n,
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_REST: tl.constexpr, EPS: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
-    NORM: tl.constexpr, IN_PLACE: tl.constexpr, BLOCK_N: tl.constexpr,
+    SHARED_TABLE: tl.constexpr, Q_LIMIT: tl.constexpr, K_LIMIT: tl.constexpr, NORM: tl.constexpr,
+    IN_PLACE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid [tokens]; a program owns all heads of a token's q and k.
 
     Reads (N + K) D elements and the token's R/2 of cos and sin, writes (N + K) D elements (in place only the R
     that turn), with the norm also 4 (N + K) bytes of rstd. Computed in fp32, rounded once.
     """
-    token = tl.program_id(0).to(tl.int64)
-    cos, sin = load_angles(cos_ptr, sin_ptr, token, table_rows, HALF, BLOCK_R, INVERSE)
+    program = tl.program_id(0)  # divided as 32 bits, which takes a third of the instructions of 64
+    token, batch, place = (
+        program.to(tl.int64),
+        (program // sequence).to(tl.int64),
+        (program % sequence).to(tl.int64),
+    )
+    cos, sin = load_angles(cos_ptr, sin_ptr, place if SHARED_TABLE else token, HALF, BLOCK_R, INVERSE)
     rotate_heads(
-        q_ptr, q_out_ptr, q_norm_ptr, q_rstd_ptr, token, sequence, cos, sin, q_stride_b, q_stride_s, q_stride_n,
-        Q_HEADS, DIM, HALF, BLOCK_R, BLOCK_REST, BLOCK_N, EPS, INTERLEAVED, NORM, IN_PLACE,
+        q_ptr, q_out_ptr, q_norm_ptr, q_rstd_ptr, token, batch, place, cos, sin, q_stride_b, q_stride_s, q_stride_n,
+        Q_HEADS, DIM, HALF, BLOCK_R, BLOCK_REST, BLOCK_N if BLOCK_N < Q_LIMIT else Q_LIMIT,
+        EPS, INTERLEAVED, NORM, IN_PLACE,
     )  # fmt: skip
     rotate_heads(
-        k_ptr, k_out_ptr, k_norm_ptr, k_rstd_ptr, token, sequence, cos, sin, k_stride_b, k_stride_s, k_stride_n,
-        K_HEADS, DIM, HALF, BLOCK_R, BLOCK_REST, BLOCK_N, EPS, INTERLEAVED, NORM, IN_PLACE,
+        k_ptr, k_out_ptr, k_norm_ptr, k_rstd_ptr, token, batch, place, cos, sin, k_stride_b, k_stride_s, k_stride_n,
+        K_HEADS, DIM, HALF, BLOCK_R, BLOCK_REST, BLOCK_N if BLOCK_N < K_LIMIT else K_LIMIT,
+        EPS, INTERLEAVED, NORM, IN_PLACE,
     )  # fmt: skip
 
 
 @triton.jit
 def heads_backward(
-    dy_ptr, x_ptr, dx_ptr, weight_ptr, rstd_ptr, token, sequence, cos, sin,
+    dy_ptr, x_ptr, dx_ptr, weight_ptr, rstd_ptr, token, batch, place, cos, sin,
     dy_stride_b, dy_stride_s, dy_stride_n, stride_b, stride_s, stride_n,
     sum_first, sum_second, sum_rest,
     HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_REST: tl.constexpr,
@@ -165,7 +173,6 @@ def heads_backward(
         head = start + tl.arange(0, BLOCK_N).to(tl.int64)[:, None]
         mask = head < HEADS
         rest_mask = mask & (rest < DIM - 2 * HALF)
-        batch, place = token // sequence, token % sequence
         source = batch * stride_b + place * stride_s + head * stride_n
         dy_source = batch * dy_stride_b + place * dy_stride_s + head * dy_stride_n
         first, second = load_pairs(x_ptr, source, mask, HALF, BLOCK_R, BLOCK_N, INTERLEAVED)
@@ -211,34 +218,40 @@ def store_sums(
 def norm_backward_kernel(
     dq_out_ptr, dk_out_ptr, q_ptr, k_ptr, dq_ptr, dk_ptr, q_norm_ptr, k_norm_ptr,
     q_rstd_ptr, k_rstd_ptr, cos_ptr, sin_ptr, partial_ptr,
-    tokens, sequence, table_rows,
+    tokens, sequence,
     dq_stride_b, dq_stride_s, dq_stride_n, dk_stride_b, dk_stride_s, dk_stride_n,
     q_stride_b, q_stride_s, q_stride_n, k_stride_b, k_stride_s, k_stride_n,
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_REST: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_REST: tl.constexpr, INTERLEAVED: tl.constexpr, SHARED_TABLE: tl.constexpr, Q_LIMIT: tl.constexpr,
+    K_LIMIT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid [programs]; a program owns every programs-th token, and the sums of dweight over them.
 
     Reads dy and x, writes dx, (N + K) D elements each, reads 4 (N + K) bytes of rstd and the token's cos and sin;
     at its end writes 2 D fp32 of partial sums. Computed in fp32.
     """
-    program = tl.program_id(0).to(tl.int64)
-    q_first, q_second = tl.zeros((BLOCK_N, BLOCK_R), tl.float32), tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-    k_first, k_second = tl.zeros((BLOCK_N, BLOCK_R), tl.float32), tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-    q_rest, k_rest = tl.zeros((BLOCK_N, BLOCK_REST), tl.float32), tl.zeros((BLOCK_N, BLOCK_REST), tl.float32)
-    for token in range(program, tokens, tl.num_programs(0)):
-        cos, sin = load_angles(cos_ptr, sin_ptr, token, table_rows, HALF, BLOCK_R, True)
+    Q_BLOCK: tl.constexpr = BLOCK_N if BLOCK_N < Q_LIMIT else Q_LIMIT
+    K_BLOCK: tl.constexpr = BLOCK_N if BLOCK_N < K_LIMIT else K_LIMIT
+    q_first, q_second = tl.zeros((Q_BLOCK, BLOCK_R), tl.float32), tl.zeros((Q_BLOCK, BLOCK_R), tl.float32)
+    k_first, k_second = tl.zeros((K_BLOCK, BLOCK_R), tl.float32), tl.zeros((K_BLOCK, BLOCK_R), tl.float32)
+    q_rest, k_rest = tl.zeros((Q_BLOCK, BLOCK_REST), tl.float32), tl.zeros((K_BLOCK, BLOCK_REST), tl.float32)
+    program, step = tl.program_id(0), tl.num_programs(0)
+    for turn in range(tl.cdiv(tokens - program, step)):
+        at = program + turn * step
+        token = at.to(tl.int64)
+        batch, place = (at // sequence).to(tl.int64), (at % sequence).to(tl.int64)
+        cos, sin = load_angles(cos_ptr, sin_ptr, place if SHARED_TABLE else token, HALF, BLOCK_R, True)
         q_first, q_second, q_rest = heads_backward(
-            dq_out_ptr, q_ptr, dq_ptr, q_norm_ptr, q_rstd_ptr, token, sequence, cos, sin,
+            dq_out_ptr, q_ptr, dq_ptr, q_norm_ptr, q_rstd_ptr, token, batch, place, cos, sin,
             dq_stride_b, dq_stride_s, dq_stride_n, q_stride_b, q_stride_s, q_stride_n, q_first, q_second, q_rest,
-            Q_HEADS, DIM, HALF, BLOCK_R, BLOCK_REST, BLOCK_N, INTERLEAVED,
+            Q_HEADS, DIM, HALF, BLOCK_R, BLOCK_REST, Q_BLOCK, INTERLEAVED,
         )  # fmt: skip
         k_first, k_second, k_rest = heads_backward(
-            dk_out_ptr, k_ptr, dk_ptr, k_norm_ptr, k_rstd_ptr, token, sequence, cos, sin,
+            dk_out_ptr, k_ptr, dk_ptr, k_norm_ptr, k_rstd_ptr, token, batch, place, cos, sin,
             dk_stride_b, dk_stride_s, dk_stride_n, k_stride_b, k_stride_s, k_stride_n, k_first, k_second, k_rest,
-            K_HEADS, DIM, HALF, BLOCK_R, BLOCK_REST, BLOCK_N, INTERLEAVED,
+            K_HEADS, DIM, HALF, BLOCK_R, BLOCK_REST, K_BLOCK, INTERLEAVED,
         )  # fmt: skip
-    partial_ptr += program * 2 * DIM
+    partial_ptr += program.to(tl.int64) * 2 * DIM
     store_sums(partial_ptr, q_first, q_second, q_rest, DIM, HALF, BLOCK_R, BLOCK_REST, INTERLEAVED)
     store_sums(partial_ptr + DIM, k_first, k_second, k_rest, DIM, HALF, BLOCK_R, BLOCK_REST, INTERLEAVED)
 
@@ -274,6 +287,9 @@ def _by_token(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
 def _shape_options(q: Tensor, k: Tensor, cos: Tensor) -> dict[str, int]:
     dim, half = q.shape[-1], cos.shape[-1]
     return {
+        "SHARED_TABLE": cos.shape[:-1].numel() != q.shape[:-2].numel(),
+        "Q_LIMIT": triton.next_power_of_2(max(q.shape[-2], 1)),
+        "K_LIMIT": triton.next_power_of_2(max(k.shape[-2], 1)),
         "Q_HEADS": q.shape[-2],
         "K_HEADS": k.shape[-2],
         "DIM": dim,
@@ -303,7 +319,7 @@ def _rotate(
         (q.shape[:-2].numel(),),
         FORWARD.pick(),
         q, k, *outputs, *((q, k, cos, sin) if norm is None else norm), cos, sin,  # without norms placeholders
-        q.shape[-3], max(1, cos.shape[:-1].numel()), *q_strides, *k_strides,
+        q.shape[-3], *q_strides, *k_strides,
         **_shape_options(q, k, cos), EPS=eps, INTERLEAVED=interleaved, INVERSE=inverse,
         NORM=norm is not None, IN_PLACE=in_place,
     )  # fmt: skip
@@ -365,7 +381,7 @@ def norm_backward(
         (programs,),
         BACKWARD.pick(),
         *inputs, dq, dk, q_norm.contiguous(), k_norm.contiguous(), q_rstd, k_rstd, cos, sin, partial,
-        tokens, q.shape[-3], max(1, cos.shape[:-1].numel()), *(step for group in strides for step in group),
+        tokens, q.shape[-3], *(step for group in strides for step in group),
         **_shape_options(q, k, cos), INTERLEAVED=interleaved,
     )  # fmt: skip
     config = WEIGHTS.pick()
