@@ -20,6 +20,8 @@ from megalite_kernels.testing import assert_as_accurate, results_and_grads
 
 WHERE = os.environ.get("MEGALITE_TEST_DEVICE", "cpu")
 DEVICE = "cpu" if WHERE == "interpreter" else WHERE
+ABOUT_THE_CPU = [f"test_{name}.py" for name in ("backend", "isa", "native_math", "threads", "timing")]
+"""Files that say nothing about another device."""
 NATIVE = importlib.util.find_spec("megalite_kernels._C") is not None
 cpu_only = pytest.mark.skipif(WHERE != "cpu", reason=f"tests the CPU, and this run is about {WHERE}")
 needs_native = pytest.mark.skipif(

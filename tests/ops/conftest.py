@@ -7,9 +7,8 @@ from collections.abc import Generator
 import pytest
 import torch
 
-from tests.ops.catalogue import DEVICE, WHERE
+from tests.ops.catalogue import ABOUT_THE_CPU, DEVICE, WHERE
 
-ABOUT_THE_CPU = [f"test_{name}.py" for name in ("backend", "isa", "native_math", "threads", "timing")]
 collect_ignore = [] if WHERE == "cpu" else ABOUT_THE_CPU
 
 if WHERE == "interpreter":
