@@ -16,6 +16,7 @@ from megalite_kernels.ops.grad_norm import grad_norm
 from megalite_kernels.ops.layer_norm import layer_norm
 from megalite_kernels.ops.linear import linear
 from megalite_kernels.ops.linear_cross_entropy import linear_cross_entropy
+from megalite_kernels.ops.peers import register_peers
 from megalite_kernels.ops.rms_norm import rms_norm
 from megalite_kernels.ops.rope import rope, rope_
 from megalite_kernels.patch import patch, patched, unpatch
@@ -42,3 +43,5 @@ __all__ = [
     "unpatch",
     "use_backend",
 ]
+
+register_peers()
