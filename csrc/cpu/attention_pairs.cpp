@@ -57,29 +57,72 @@ struct PairBuffers {
 
 }  // namespace megalite
 
+// The kernels once per unit that multiplies pairs.
 #if MEGALITE_X86
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
+#define MEGALITE_VECTOR_BF16 1
+#define LANES 16
 namespace megalite::avx512_bf16 {
 #define ISA_NAMESPACE avx512_bf16
-#define LANES 16
-#include "vec.inc"
-//
-#include "pairs.inc"
-#include "transpose.inc"
-//
+#define MEGALITE_PAIR_PRODUCTS "pairs.inc"
 #include "attention_pairs.inc"
-#undef LANES
+#undef MEGALITE_PAIR_PRODUCTS
 #undef ISA_NAMESPACE
 }  // namespace megalite::avx512_bf16
 #pragma GCC pop_options
+
+#if MEGALITE_AMX
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16")
+#define MEGALITE_PAIR_PRODUCTS "tiles.inc"
+namespace megalite::amx {
+#define ISA_NAMESPACE amx
+#define MEGALITE_TILES_EMULATED 0
+#include "attention_pairs.inc"
+#undef MEGALITE_TILES_EMULATED
+#undef ISA_NAMESPACE
+}  // namespace megalite::amx
+#undef MEGALITE_PAIR_PRODUCTS
+#undef MEGALITE_TILE_ZERO
+#undef MEGALITE_TILE_LOAD
+#undef MEGALITE_TILE_STORE
+#undef MEGALITE_TILE_DOT
+#pragma GCC pop_options
 #endif
+#undef LANES
+#undef MEGALITE_VECTOR_BF16
+#endif
+
+namespace megalite::amx_emulated {
+#define ISA_NAMESPACE amx_emulated
+#define LANES 4
+#define MEGALITE_VECTOR_BF16 0
+#define MEGALITE_PAIR_PRODUCTS "tiles.inc"
+#define MEGALITE_TILES_EMULATED 1
+#include "attention_pairs.inc"
+}  // namespace megalite::amx_emulated
 
 namespace megalite {
 
-#if MEGALITE_X86
-
 namespace {
+
+struct PairKernels {
+  decltype(&amx_emulated::forward_task) forward;
+  decltype(&amx_emulated::backward_task) backward;
+  decltype(&amx_emulated::write_keys) write_keys;
+};
+
+PairKernels pair_kernels() {
+#if MEGALITE_X86
+  if (pair_unit() == PairUnit::avx512_bf16)
+    return {avx512_bf16::forward_task, avx512_bf16::backward_task, avx512_bf16::write_keys};
+#endif
+#if MEGALITE_AMX
+  if (pair_unit() == PairUnit::amx) return {amx::forward_task, amx::backward_task, amx::write_keys};
+#endif
+  return {amx_emulated::forward_task, amx_emulated::backward_task, amx_emulated::write_keys};
+}
 
 // Parts to cut each of `tasks` tasks into, so that no thread waits long for the last one.
 int64_t parts_of_task(int64_t tasks, int64_t threads, int64_t most) {
@@ -94,7 +137,7 @@ int64_t most_blocks(const AttentionShape& shape) {
 }
 
 // The parts of each task keep their sums apart, in memory that outlives the thread; then they are added in order.
-void backward_in_parts(const AttentionBackward& arguments, int64_t parts, int threads) {
+void backward_in_parts(const AttentionBackward& arguments, const PairKernels& kernels, int64_t parts, int threads) {
   const AttentionShape& shape = arguments.shape;
   const int64_t tasks = shape.num_segments * shape.kv_heads, groups = shape.heads / shape.kv_heads;
   const int64_t document = round_up(longest_keys(shape), kPairKeys) * round_up(shape.dim, kPairPad);
@@ -105,48 +148,43 @@ void backward_in_parts(const AttentionBackward& arguments, int64_t parts, int th
     sums[i] = {memory.get() + 2 * i * document, memory.get() + (2 * i + 1) * document, dsinks.data() + i * groups};
   run_tasks<PairBuffers>(shape, true, tasks * parts, threads, [&](int64_t i, const PairBuffers& b) {
     const int64_t task = i / parts;
-    avx512_bf16::backward_task(arguments, task / shape.kv_heads, task % shape.kv_heads, i % parts, parts, sums[i], b);
+    kernels.backward(arguments, task / shape.kv_heads, task % shape.kv_heads, i % parts, parts, sums[i], b);
   });
 #ifdef _OPENMP
 #pragma omp parallel for schedule(static) num_threads(threads)
 #endif
   for (int64_t i = 0; i < tasks; ++i)
-    avx512_bf16::write_keys(arguments, i / shape.kv_heads, i % shape.kv_heads, &sums[i * parts], parts);
+    kernels.write_keys(arguments, i / shape.kv_heads, i % shape.kv_heads, &sums[i * parts], parts);
 }
 
 }  // namespace
 
 bool attention_forward_pairs(const AttentionForward& arguments, int threads) {
+  if (pair_unit() == PairUnit::none) return false;
+  const PairKernels kernels = pair_kernels();
   const AttentionShape& shape = arguments.shape;
-  if (isa() < Isa::avx512_bf16) return false;
   // A task is a query head: packing the keys anew for each costs 4 / k_len of its products.
   const int64_t tasks = shape.num_segments * shape.heads, parts = parts_of_task(tasks, threads, most_blocks(shape));
   run_tasks<PairBuffers>(shape, false, tasks * parts, threads, [&](int64_t i, const PairBuffers& b) {
     const int64_t task = i / parts;
-    avx512_bf16::forward_task(arguments, task / shape.heads, task % shape.heads, i % parts, parts, b);
+    kernels.forward(arguments, task / shape.heads, task % shape.heads, i % parts, parts, b);
   });
   return true;
 }
 
 bool attention_backward_pairs(const AttentionBackward& arguments, int threads) {
+  if (pair_unit() == PairUnit::none) return false;
+  const PairKernels kernels = pair_kernels();
   const AttentionShape& shape = arguments.shape;
-  if (isa() < Isa::avx512_bf16) return false;
   const int64_t tasks = shape.num_segments * shape.kv_heads;
   const int64_t parts = parts_of_task(tasks, threads, most_blocks(shape) * shape.heads / shape.kv_heads);
-  if (parts > 1) return backward_in_parts(arguments, parts, threads), true;
+  if (parts > 1) return backward_in_parts(arguments, kernels, parts, threads), true;
   run_tasks<PairBuffers>(shape, true, tasks, threads, [&](int64_t i, const PairBuffers& b) {
     const KeySums sums{b.dkeys, b.dvalues, b.dsinks};
-    avx512_bf16::backward_task(arguments, i / shape.kv_heads, i % shape.kv_heads, 0, 1, sums, b);
-    avx512_bf16::write_keys(arguments, i / shape.kv_heads, i % shape.kv_heads, &sums, 1);
+    kernels.backward(arguments, i / shape.kv_heads, i % shape.kv_heads, 0, 1, sums, b);
+    kernels.write_keys(arguments, i / shape.kv_heads, i % shape.kv_heads, &sums, 1);
   });
   return true;
 }
-
-#else
-
-bool attention_forward_pairs(const AttentionForward&, int) { return false; }
-bool attention_backward_pairs(const AttentionBackward&, int) { return false; }
-
-#endif
 
 }  // namespace megalite

@@ -20,6 +20,9 @@
 #define MEGALITE_X86 0
 #endif
 
+// The first GCC with which the matrix tiles were built.
+#define MEGALITE_AMX (MEGALITE_X86 && __GNUC__ >= 12)
+
 #include "api.h"
 
 // GCC 12 warns about its own AVX-512 headers (undefined pass-through operands, bug 105593).
@@ -40,6 +43,10 @@ struct fp16 {
 
 enum class Isa { scalar, avx2, avx512, avx512_bf16 };
 Isa isa();
+
+// What attention multiplies pairs of bf16 with, beside the vectors of `isa`.
+enum class PairUnit { none, avx512_bf16, amx, amx_emulated };
+PairUnit pair_unit();
 
 // Below this many elements per thread, waking one costs more than it saves (about 5 us at a few bytes a cycle).
 constexpr int64_t kMinElementsPerThread = 16384;

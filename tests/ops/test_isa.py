@@ -51,7 +51,7 @@ def run(isa: str, *files: str) -> subprocess.CompletedProcess[str]:
 
 
 @needs_native
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated"])
 def test_forced_instruction_set_passes_the_catalogue(isa: str) -> None:
     from megalite_kernels import _C
 
@@ -67,4 +67,7 @@ def test_forced_instruction_set_passes_the_catalogue(isa: str) -> None:
 def test_an_unknown_name_is_refused() -> None:
     result = run("sse9")
     assert result.returncode == 77
-    assert "MEGALITE_ISA=sse9 is not known: use scalar, avx2, avx512 or avx512_bf16" in result.stdout
+    assert (
+        "MEGALITE_ISA=sse9 is not known: use scalar, avx2, avx512, avx512_bf16, amx or amx_emulated"
+        in result.stdout
+    )
