@@ -219,6 +219,22 @@ def test_linear_adds_into_the_main_gradient(reduction: str, backend: str) -> Non
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_a_main_gradient_may_be_a_view(reduction: str, dtype: torch.dtype, backend: str) -> None:
+    x, weight = random(30, 16).to(dtype), random(50, 16, seed=1).to(dtype).requires_grad_()
+    storage, contiguous = torch.zeros(50, 40), torch.zeros(50, 16)
+    with mk.use_backend(backend):
+        for main_grad in (storage[:, 8:24], contiguous):
+            mk.linear_cross_entropy(
+                x, weight, targets(30, 50), reduction=reduction, main_grad=main_grad
+            ).sum().backward()
+    torch.testing.assert_close(storage[:, 8:24], contiguous, rtol=1e-2, atol=1e-2)
+    storage[:, 8:24] = 0
+    assert torch.equal(storage, torch.zeros(50, 40))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_only_what_needs_a_gradient_gets_one(backend: str) -> None:
     x, weight, target = random(8, 16), random(50, 16, seed=1).requires_grad_(), targets(8, 50)
     with mk.use_backend(backend):

@@ -24,6 +24,8 @@ from torch import Tensor
 from megalite_kernels.reference.common import wide_dtype
 
 RowKernel = Callable[..., Any]
+AddProduct = Callable[..., None]
+"""As `add_product_`."""
 
 ROW_ALIGNMENT = 64
 """Elements that the workspace's rows start at multiples of: products on a GPU want 16 bytes, and a vocabulary of
@@ -126,14 +128,15 @@ def grads(
     valid_rows: int,
     *options: Any,
     row_kernel: RowKernel,
+    add_product: AddProduct | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss [T], dx like x, dweight [rows, H] and dbias [rows] in the wide dtype; dbias is empty without a bias).
 
     The gradients are those of `sum(scale * loss)`, scale being a scalar or [T]; the row kernel is of the kind
-    `loss_and_grad`.
+    `loss_and_grad`, add_product is `add_product_` or something faster.
     """
     loss = x.new_empty(x.shape[0], dtype=wide_dtype(x))
-    sums = _Gradients(x, weight, bias, valid_rows)
+    sums = _Gradients(x, weight, bias, valid_rows, None, add_product or add_product_)
     for part, logits in _chunks(x, weight, bias, valid_rows):
         loss[part] = row_kernel(logits, target[part], _rows_of(scale, part), *options)[0]
         sums.add(part, logits)
@@ -152,13 +155,14 @@ def shard_grads(
     vocabulary: int,
     *options: Any,
     row_kernel: RowKernel,
+    add_product: AddProduct | None = None,
     main_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias) as `grads`, from the lse over the whole vocabulary; dx is this shard's part of a sum.
 
     With `main_grad` dweight is that tensor, added into. The row kernel is of the kind `grad`.
     """
-    sums = _Gradients(x, weight, bias, valid_rows, main_grad)
+    sums = _Gradients(x, weight, bias, valid_rows, main_grad, add_product or add_product_)
     for part, logits in _chunks(x, weight, bias, valid_rows):
         row_kernel(logits, target[part], lse[part], _rows_of(scale, part), start, vocabulary, *options)
         sums.add(part, logits)
@@ -175,11 +179,11 @@ def shard_grads_into(
     main_grad: Tensor,
     *rest: Any,
     row_kernel: RowKernel,
+    add_product: AddProduct | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(dx, dbias) as `shard_grads`; the weight's gradient is added into `main_grad`."""
-    dx, _, dbias = shard_grads(
-        x, weight, bias, target, lse, scale, *rest, row_kernel=row_kernel, main_grad=main_grad
-    )
+    kernels: dict[str, Any] = {"row_kernel": row_kernel, "add_product": add_product}
+    dx, _, dbias = shard_grads(x, weight, bias, target, lse, scale, *rest, **kernels, main_grad=main_grad)
     return dx, dbias
 
 
@@ -188,10 +192,6 @@ def add_product_(total: Tensor, dlogits: Tensor, x: Tensor, *, first: bool) -> N
     left = dlogits.t()
     if total.dtype == x.dtype:
         torch.addmm(total, left, x, beta=0 if first else 1, out=total)
-        return
-    if x.is_cuda and total.dtype == torch.float32:
-        # Half-precision products with an fp32 result accumulated in place, which torch has on CUDA alone.
-        torch.addmm(total, left, x, out_dtype=torch.float32, beta=0 if first else 1, out=total)
         return
     rows = max(1, PIECE_BYTES // max(1, x.shape[1] * x.element_size()))
     for start in range(0, total.shape[0], rows):
@@ -204,9 +204,16 @@ class _Gradients:
     """dx, dweight and dbias as they grow chunk by chunk."""
 
     def __init__(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, valid_rows: int, main_grad: Tensor | None = None
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        valid_rows: int,
+        main_grad: Tensor | None,
+        add_product: AddProduct,
     ) -> None:
         wide = wide_dtype(x)
+        self.add_product = add_product
         self.x, self.weight, self.valid_rows = x, weight[:valid_rows], valid_rows
         self.dx = torch.empty_like(x) if valid_rows else torch.zeros_like(x)
         self.dbias = x.new_zeros(0 if bias is None else weight.shape[0], dtype=wide)
@@ -223,7 +230,7 @@ class _Gradients:
         if not self.valid_rows:
             return
         torch.mm(dlogits, self.weight, out=self.dx[part])
-        add_product_(self.dweight[: self.valid_rows], dlogits, self.x[part], first=self.fresh)
+        self.add_product(self.dweight[: self.valid_rows], dlogits, self.x[part], first=self.fresh)
         self.fresh = False
         if self.dbias.numel():
             self.dbias[: self.valid_rows] += dlogits.sum(0, dtype=self.dbias.dtype)

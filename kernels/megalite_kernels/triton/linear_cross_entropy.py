@@ -1,8 +1,8 @@
 """The fused output projection and cross-entropy on GPUs.
 
-The products are torch's (cuBLAS with an fp32 result added in place for the weight's gradient), the rows are those of
-`cross_entropy`, the chunks those of `reference/linear_cross_entropy.py`: wide enough that the products stay at
-their peak.
+The products are torch's, with that of the weight's gradient added into fp32 where it lies as in `linear`; the rows are
+those of `cross_entropy`, the chunks those of `reference/linear_cross_entropy.py`: large enough that the products stay
+at their peak.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from megalite_kernels.reference import linear_cross_entropy as plan
 from megalite_kernels.triton import cross_entropy as rows
 from megalite_kernels.triton.launch import Launch, Table, launch
+from megalite_kernels.triton.linear import accumulate_, library_accumulates
 
 COPY = Table("scaled_copy", {"default": Launch({"BLOCK": 4096}, num_warps=8, num_stages=1)})
 
@@ -28,7 +29,7 @@ def losses(*args: Any) -> tuple[Tensor, Tensor]:
 
 def grads(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Backend "triton" of `linear_cross_entropy_grad`."""
-    return plan.grads(*args, row_kernel=rows.grad_)
+    return plan.grads(*args, row_kernel=rows.grad_, add_product=add_product_)
 
 
 def shard_stats(*args: Any) -> Tensor:
@@ -38,12 +39,24 @@ def shard_stats(*args: Any) -> Tensor:
 
 def shard_grads(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Backend "triton" of `linear_cross_entropy_bwd`."""
-    return plan.shard_grads(*args, row_kernel=rows.grad)
+    return plan.shard_grads(*args, row_kernel=rows.grad, add_product=add_product_)
 
 
 def shard_grads_(*args: Any) -> tuple[Tensor, Tensor]:
     """Backend "triton" of `linear_cross_entropy_bwd_`."""
-    return plan.shard_grads_into(*args, row_kernel=rows.grad)
+    return plan.shard_grads_into(*args, row_kernel=rows.grad, add_product=add_product_)
+
+
+def add_product_(total: Tensor, dlogits: Tensor, x: Tensor, *, first: bool) -> None:
+    """`add_product_` of the chunk plan, with an fp32 result added where it lies."""
+    if not first:
+        accumulate_(dlogits, x, total)
+    elif not library_accumulates(x.device.type, x.dtype):
+        accumulate_(dlogits, x, total.zero_())
+    elif x.dtype == torch.float32:
+        torch.mm(dlogits.t(), x, out=total)
+    else:
+        torch.mm(dlogits.t(), x, out_dtype=torch.float32, out=total)
 
 
 @triton.jit
