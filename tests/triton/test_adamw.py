@@ -43,13 +43,13 @@ def test_shared_master_and_empty() -> None:
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.95, 0.999, 0.9999])
 def test_bias_correction_against_float64(beta: float) -> None:
-    """Steps 1 to 1e6: within 4e-7, where 1 - exp2(step * log2(beta)) in float32 is wrong by 6e-5 at step 1."""
+    """Steps 1 to 1e6: where 1 - exp2(step * log2(beta)) in float32 is wrong by 1.3e-5 at 0.999, step 1."""
 
     steps = torch.cat([torch.arange(1, 1000), torch.logspace(3, 6, 1049).long()]).float()
     got = torch.empty_like(steps)
     correction_kernel[(1,)](steps, got, LOG_BETA=kernels._log(beta), SIZE=2048)
     expected = -torch.expm1(steps.double() * torch.tensor(beta, dtype=torch.float64).log())
-    assert ((got.double() - expected) / expected).abs().max() < 4e-7
+    assert ((got.double() - expected) / expected).abs().max() < 3e-7
 
 
 @triton.jit

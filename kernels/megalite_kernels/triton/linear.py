@@ -15,20 +15,17 @@ from torch import Tensor
 
 from megalite_kernels.triton.launch import Launch, Table, launch
 
+_TILE = {"BLOCK_O": 128, "BLOCK_I": 128, "BLOCK_T": 64, "GROUP": 8}
 # 128 x 128 fp32 sums are 64 registers of each of 256 threads (128 x 256 spilled 200 bytes on sm_90, 472 on sm_100).
-# Stages of 32 KiB: 3 in the 163 of sm_80, 4 in the 227 from sm_90 on; the default's 16 KiB fit the 64 of gfx942.
+# Stages of 32 KiB: 3 of them take 64 of the 99 KiB of sm_86 and sm_120, 4 take 128 of the 227 of sm_90 and sm_100; the
+# default's 16 KiB fit the 64 of gfx942.
 SIXTEEN_BITS = Table(
     "linear_weight_grad_",
     {
-        "default": Launch(
-            {"BLOCK_O": 128, "BLOCK_I": 128, "BLOCK_T": 32, "GROUP": 8}, num_warps=8, num_stages=2
-        ),
-        "sm_80": Launch(
-            {"BLOCK_O": 128, "BLOCK_I": 128, "BLOCK_T": 64, "GROUP": 8}, num_warps=8, num_stages=3
-        ),
-        "sm_90": Launch(
-            {"BLOCK_O": 128, "BLOCK_I": 128, "BLOCK_T": 64, "GROUP": 8}, num_warps=8, num_stages=4
-        ),
+        "default": Launch({**_TILE, "BLOCK_T": 32}, num_warps=8, num_stages=2),
+        "sm_80": Launch(_TILE, num_warps=8, num_stages=3),
+        "sm_90": Launch(_TILE, num_warps=8, num_stages=4),
+        "sm_120": Launch(_TILE, num_warps=8, num_stages=3),
     },
 )
 # Products of fp32 are made without tensor cores, so as not to round the operands to TF32.
