@@ -12,6 +12,7 @@ from torch import Tensor
 import megalite_kernels as mk
 from megalite_kernels.triton.activation import GATED, gated_sizes
 from megalite_kernels.triton.launch import Launch, override
+from tests.helpers.margins import surrounded, surrounded_outputs
 from tests.ops.catalogue import check, random
 from tests.ops.test_activation import plain_gelu, plain_swiglu
 
@@ -101,6 +102,22 @@ def test_nan_passes_through_and_stays() -> None:
             y = op(gate, torch.ones(70))
             assert torch.equal(torch.isnan(y), torch.isnan(x))
             assert torch.equal(torch.isnan(torch.autograd.grad(y.sum(), gate)[0]), torch.isnan(x))
+
+
+@pytest.mark.parametrize("features", [5, 37])
+def test_nothing_outside_of_the_tensors_is_read_or_written(features: int) -> None:
+    x, packed = surrounded(random(3, features)), surrounded(random(3, 2 * features))
+    ops = torch.ops.megalite
+    with mk.use_backend("triton"), surrounded_outputs():
+        results = [
+            ops.activation_fwd(x, "gelu_tanh"),
+            ops.activation_bwd(x, x, "relu2"),
+            ops.glu_fwd(packed, "silu"),
+            ops.glu_bwd(x, packed, "silu"),
+            ops.glu_pair_fwd(x, x, "gelu"),
+            *ops.glu_pair_bwd(x, x, x, "gelu"),
+        ]
+    assert all(bool(torch.isfinite(result).all()) for result in results)
 
 
 def test_biases_non_contiguous_and_empty() -> None:

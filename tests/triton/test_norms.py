@@ -12,6 +12,7 @@ from torch import Tensor
 import megalite_kernels as mk
 from megalite_kernels.triton import norm_backward, norm_forward
 from megalite_kernels.triton.launch import Launch, override
+from tests.helpers.margins import surrounded, surrounded_outputs
 from tests.ops.catalogue import check, random
 from tests.ops.test_norms import plain_layer, plain_rms
 
@@ -24,7 +25,6 @@ CASES = [
     for size, dtype in (
         (1, torch.float32),
         (17, torch.float16),
-        (17, torch.float32),
         (64, torch.bfloat16),
         (64, torch.float32),
     )
@@ -164,6 +164,20 @@ def test_same_bits_again_and_for_a_row_alone(path: str) -> None:
     alone = run(x[7:8])
     assert torch.equal(first[0][7:8], alone[0])
     assert torch.equal(first[1][7:8], alone[1])
+
+
+@pytest.mark.parametrize("path", ["rows", "reread", "loop"])
+def test_nothing_outside_of_the_tensors_is_read_or_written(path: str) -> None:
+    x, weight, rstd = (surrounded(t) for t in (random(ROWS, 19), random(19), torch.ones(ROWS)))
+    ops = torch.ops.megalite
+    with blocks(path, 19), mk.use_backend("triton"), surrounded_outputs():
+        results = [
+            *ops.rms_norm_fwd(x, weight, 1e-6, False),
+            *ops.rms_norm_bwd(x, None, x, weight, rstd, False),
+            *ops.layer_norm_residual_fwd(x, x, weight, weight, 1e-5),
+            *ops.layer_norm_bwd(x, x, x, weight, rstd, rstd),
+        ]
+    assert all(bool(torch.isfinite(result).all()) for result in results)
 
 
 def test_statistics_are_the_reference_s() -> None:
