@@ -19,16 +19,16 @@ BACKWARD = Table(
     {
         # 16 elements a thread (WARP 512): the gradient's sums, the row and dy in fp32 take 5 x 16 registers, and
         # 16 warps have 128 each, so 8,192 columns are the longest row (LIMIT). num_warps 16 fill a multiprocessor:
-        # rows up to 4,096 columns have two programs there. One turn ahead (2 stages) is 32 KB in flight, where
-        # 25 bytes/ns x 0.8 us of an H100 need 20.
-        "default": Launch(_NVIDIA | {"SHARED": 96 << 10}, 16, 2),
+        # rows up to 4,096 columns have two programs there. A turn's copy is issued when the last but one ends, so 3
+        # stages keep one turn in flight, 32 KB a multiprocessor; 25 bytes/ns x 0.8 us of an H100 need 20.
+        "default": Launch(_NVIDIA | {"SHARED": 96 << 10}, 16, 3),
         "sm_80": Launch(
-            _NVIDIA | {"SHARED": 160 << 10}, 16, 2
+            _NVIDIA | {"SHARED": 160 << 10}, 16, 3
         ),  # 163 KB are all there is, less the reductions'
-        "sm_90": Launch(_NVIDIA | {"SHARED": 224 << 10}, 16, 2),  # 227 KB
-        # two turns ahead: 54 bytes/ns x 0.8 us need 43 KB in flight
-        "sm_100": Launch(_NVIDIA | {"SHARED": 224 << 10}, 16, 3),
-        # 64 lanes a wave, so half the waves for the same elements a lane; 64 KB of shared memory
+        "sm_90": Launch(_NVIDIA | {"SHARED": 224 << 10}, 16, 3),  # 227 KB
+        # two turns in flight: 54 bytes/ns x 0.8 us need 43 KB
+        "sm_100": Launch(_NVIDIA | {"SHARED": 224 << 10}, 16, 4),
+        # 64 lanes a wave, so half the waves for the same elements a lane; the next turn waits in registers
         "gfx942": Launch(_NVIDIA | {"WARP": 1024, "SHARED": 32 << 10}, 8, 2),
     },
 )
@@ -44,33 +44,29 @@ SUM = Table(
 )
 
 
-def backward_sizes(hidden: int, centered: bool, tensors: int, itemsize: int, table: Launch) -> Launch:
-    """What a program has in registers at a time, its warps, and how many turns it loads ahead.
+def backward_sizes(hidden: int, tensors: int, itemsize: int, table: Launch) -> Launch:
+    """Rows and columns of a turn (BLOCK_T, BLOCK_H), its warps, and the STAGES that turns are loaded in.
 
     Args:
         hidden: columns.
-        centered: LayerNorm, with a second sum per column.
         tensors: of `itemsize` that are read: dy, x and perhaps the gradient of the residual.
         itemsize: bytes of an element.
         table: of this architecture.
     """
-    blocks, padded = table.blocks, triton.next_power_of_2(hidden)
-    # dy and x twice ahead in shared memory in place of registers: then a row of twice the length still fits
-    ahead = (tensors + 2) * itemsize * padded
-    reread = padded == 2 * blocks["LIMIT"] and not centered and ahead <= blocks["SHARED"]
+    blocks, padded, warps = table.blocks, triton.next_power_of_2(hidden), table.num_warps
     if padded <= blocks["LIMIT"]:
         block_t, block_h = max(1, blocks["TILE"] // padded), padded
-        warps = max(1, min(table.num_warps, block_t * block_h // blocks["WARP"]))
+        bytes_per_column = tensors * itemsize * block_t
+        warps = max(1, min(warps, block_t * block_h // blocks["WARP"]))
     else:
-        block_t = 1 if reread else max(1, blocks["GROUP"] // padded)
-        block_h = padded if reread else blocks["CHUNK"] // block_t
-        warps = table.num_warps
+        block_t = max(1, blocks["GROUP"] // padded)
+        block_h = blocks["CHUNK"] // block_t
+        bytes_per_column = (
+            tensors * itemsize * block_t + 12
+        )  # the weight and both sums are loaded ahead as well
     share = blocks["SHARED"] * warps // table.num_warps
-    turn_bytes = (tensors + 2 * reread) * itemsize * block_t * block_h
-    stages = 1 + min(table.num_stages - 1, share // turn_bytes)
-    return Launch(
-        {"BLOCK_T": block_t, "BLOCK_H": block_h, "REREAD": reread, "STAGES": stages}, warps, table.num_stages
-    )
+    ahead = min(table.num_stages - 1, share // (bytes_per_column * block_h))
+    return Launch({"BLOCK_T": block_t, "BLOCK_H": block_h, "STAGES": 1 + ahead}, warps, table.num_stages)
 
 
 def norm_backward(
@@ -106,7 +102,7 @@ def norm_backward(
         return dx, dweight.zero_(), None if dbias is None else dbias.zero_()
     table = BACKWARD.pick()
     tensors = 2 if dresidual is None else 3
-    config = backward_sizes(hidden, mean is not None, tensors, x.element_size(), table)
+    config = backward_sizes(hidden, tensors, x.element_size(), table)
     in_registers = config.blocks["BLOCK_H"] >= hidden
     turns = triton.cdiv(rows, config.blocks["BLOCK_T"])
     programs = min(turns, table.num_warps // config.num_warps * num_processors(x))

@@ -16,16 +16,15 @@ import triton.language as tl
 def row_backward_kernel(
     dy_ptr, dresidual_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, partial_ptr, rows,
     HIDDEN: tl.constexpr, ZERO_CENTERED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
-    REREAD: tl.constexpr, STAGES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients where the column sums of a whole row fit in registers (HIDDEN <= BLOCK_H).
 
     Grid [programs], at most the multiprocessors times the programs that fit on one; a program owns turns of BLOCK_T
     rows, reads the weight once, and writes its sums to partial [1 or 2, programs, HIDDEN] once. Bytes per element, e
     being its size: dy and x read, dx written, 3e; with a residual its gradient is read, 4e; and 4 (LayerNorm 8) per
-    row, 4 (8) per program and column. The next rows are copied to shared memory (STAGES - 1 turns ahead) while these
-    are computed. REREAD copies dy and x there twice, the second time from the cache: then they need not stay in
-    registers during the reduction. fp32 throughout.
+    row, 4 (8) per program and column. The next turns are copied to shared memory meanwhile (STAGES - 2 of them while
+    one is computed). fp32 throughout.
     """
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     turns = tl.cdiv(rows, BLOCK_T)
@@ -50,16 +49,8 @@ def row_backward_kernel(
             normed -= tl.load(mean_ptr + first + local_row, mask=row_mask, other=0.0)[:, None]
         normed *= rstd
         g = dy * gain
-        along = (tl.sum(g * normed, 1) / HIDDEN)[:, None]
-        if REREAD:
-            tl.static_assert(mean_ptr is None)
-            dy = tl.load(dy_ptr + base + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
-            x = tl.load(x_ptr + base + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
-            dy = dy.to(tl.float32)
-            normed = x.to(tl.float32) * rstd
-            g = dy * gain
         dweight += dy * normed
-        dx = g - normed * along
+        dx = g - normed * (tl.sum(g * normed, 1) / HIDDEN)[:, None]
         if mean_ptr is not None:
             dbias += dy
             dx -= (tl.sum(g, 1) / HIDDEN)[:, None]
@@ -76,7 +67,7 @@ def row_backward_kernel(
 def loop_backward_kernel(
     dy_ptr, dresidual_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, partial_ptr, rows,
     HIDDEN: tl.constexpr, ZERO_CENTERED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
-    REREAD: tl.constexpr, STAGES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of longer rows, BLOCK_H columns of BLOCK_T rows per turn.
 
