@@ -163,11 +163,11 @@ bool attention_forward_pairs(const AttentionForward& arguments, int threads) {
   if (pair_unit() == PairUnit::none) return false;
   const PairKernels kernels = pair_kernels();
   const AttentionShape& shape = arguments.shape;
-  // A task is a query head: packing the keys anew for each costs 4 / k_len of its products.
-  const int64_t tasks = shape.num_segments * shape.heads, parts = parts_of_task(tasks, threads, most_blocks(shape));
+  const int64_t tasks = shape.num_segments * shape.kv_heads;
+  const int64_t parts = parts_of_task(tasks, threads, most_blocks(shape) * shape.heads / shape.kv_heads);
   run_tasks<PairBuffers>(shape, false, tasks * parts, threads, [&](int64_t i, const PairBuffers& b) {
     const int64_t task = i / parts;
-    kernels.forward(arguments, task / shape.heads, task % shape.heads, i % parts, parts, b);
+    kernels.forward(arguments, task / shape.kv_heads, task % shape.kv_heads, i % parts, parts, b);
   });
   return true;
 }
