@@ -33,7 +33,7 @@ def facts() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "native": native_library(),
         "gpus": gpus(),
-        "peers": {name: version(name) for name in PEERS},
+        "peers": {name: peer_version(name) for name in PEERS},
         "commit": commit(),
     }
 
@@ -50,6 +50,14 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(owners[0])
     except importlib.metadata.PackageNotFoundError:
         return "unknown version"
+
+
+def peer_version(package: str) -> str | None:
+    """As `version`; tells NVIDIA's apex from the unrelated package of that name on PyPI."""
+    found = version(package)
+    if package == "apex" and found is not None and version("fused_layer_norm_cuda") is None:
+        return f"{found} (without NVIDIA's fused_layer_norm_cuda: not used)"
+    return found
 
 
 def native_library() -> dict[str, Any]:

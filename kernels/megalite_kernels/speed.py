@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from megalite_kernels.cases.base import Case, Inputs, Shape
-from megalite_kernels.testing import fixed_weights
 from megalite_kernels.timing import Timing, copy_of, measure, product_of
 
 OURS, EAGER, COMPILED, COPY, PRODUCT = "megalite", "torch", "compile", "copy", "product"
@@ -123,7 +122,7 @@ def prepared(
         returned = function(*leaves, *inputs.fixed)
         outputs = list(returned) if isinstance(returned, tuple) else [returned]
         if not weights:
-            weights.extend(fixed_weights(outputs))
+            weights.extend(torch.randn_like(out) for out in outputs)
         return torch.autograd.grad(outputs, leaves, weights, allow_unused=True)
 
     return both

@@ -81,7 +81,12 @@ def _rich(table: Table) -> RichTable:
     )  # fmt: skip
     for place, name in enumerate(table.columns):
         number = place in table.numbers
-        drawn.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=number)
+        drawn.add_column(
+            name,
+            justify="right" if number else "left",
+            overflow="fold",
+            no_wrap=number or (place == 0 and len(table.columns) > 4),
+        )
     for place, row in enumerate(table.rows):
         last = STYLES.get(row[-1])
         cells = [*row[:-1], f"[{last}]{row[-1]}[/]" if last else row[-1].replace("[", "\\[")]

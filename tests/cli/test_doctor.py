@@ -120,3 +120,12 @@ def test_facts_of_a_machine_without_native_library(monkeypatch: pytest.MonkeyPat
     assert lines["native library"] == "not built (No module named 'megalite_kernels._C')"
     assert environment.version("no_such_package_at_all") is None
     assert environment.version("torch") in (torch.__version__, torch.__version__.split("+")[0])
+
+
+def test_another_package_named_apex_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"apex": "0.9", "torch": "2"}
+    monkeypatch.setattr(environment, "version", versions.get)
+    assert environment.peer_version("apex") == "0.9 (without NVIDIA's fused_layer_norm_cuda: not used)"
+    versions["fused_layer_norm_cuda"] = "1"
+    assert environment.peer_version("apex") == "0.9"
+    assert environment.peer_version("quack") is None
