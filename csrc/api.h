@@ -14,15 +14,14 @@ enum class Activation : int { silu = 0, gelu_tanh = 1, relu2 = 2, gelu = 3 };
 // MEGALITE_ISA is not a known name or this CPU lacks it.
 const char* isa_name();
 
-// y = x * rstd * (offset + weight), rstd = 1 / sqrt(mean(x^2) + eps). With a residual, x + residual takes the place
+// y = x * rstd * weight, rstd = 1 / sqrt(mean(x^2) + eps). With a residual, x + residual takes the place
 // of x and is stored in total.
 void rms_norm_forward(DType dtype, const void* x, const void* residual, const float* weight, void* y, void* total,
-                      float* rstd, int64_t rows, int64_t cols, float eps, float offset, int threads);
+                      float* rstd, int64_t rows, int64_t cols, float eps, int threads);
 
 // dx (plus dresidual if not null) and dweight [cols].
 void rms_norm_backward(DType dtype, const void* dy, const void* dresidual, const void* x, const float* weight,
-                       const float* rstd, void* dx, float* dweight, int64_t rows, int64_t cols, float offset,
-                       int threads);
+                       const float* rstd, void* dx, float* dweight, int64_t rows, int64_t cols, int threads);
 
 // y = (x - mean) * rstd * weight + bias (bias may be null); residual and total as in rms_norm_forward.
 void layer_norm_forward(DType dtype, const void* x, const void* residual, const float* weight, const float* bias,

@@ -25,17 +25,17 @@ void bind_norms(py::module_& m) {
   m.def(
       "rms_norm_forward",
       [](int dtype, Address x, Address residual, Address weight, Address y, Address total, Address rstd, int64_t rows,
-         int64_t cols, float eps, float offset, int threads) {
+         int64_t cols, float eps, int threads) {
         megalite::rms_norm_forward(DType(dtype), at(x), at(residual), at<float>(weight), at(y), at(total),
-                                   at<float>(rstd), rows, cols, eps, offset, threads);
+                                   at<float>(rstd), rows, cols, eps, threads);
       },
       Release());
   m.def(
       "rms_norm_backward",
       [](int dtype, Address dy, Address dresidual, Address x, Address weight, Address rstd, Address dx, Address dweight,
-         int64_t rows, int64_t cols, float offset, int threads) {
+         int64_t rows, int64_t cols, int threads) {
         megalite::rms_norm_backward(DType(dtype), at(dy), at(dresidual), at(x), at<float>(weight), at<float>(rstd),
-                                    at(dx), at<float>(dweight), rows, cols, offset, threads);
+                                    at(dx), at<float>(dweight), rows, cols, threads);
       },
       Release());
   m.def(

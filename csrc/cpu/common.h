@@ -97,8 +97,11 @@ class Partials {
 
 // The instance of a kernel for the instruction set in use.
 #if MEGALITE_X86
-#define MEGALITE_PICK(...) \
-  (isa() >= Isa::avx512 ? avx512::__VA_ARGS__ : isa() == Isa::avx2 ? avx2::__VA_ARGS__ : scalar::__VA_ARGS__)
+#define MEGALITE_PICK(...)                              \
+  (isa() == Isa::avx512_bf16 ? avx512_bf16::__VA_ARGS__ \
+   : isa() == Isa::avx512    ? avx512::__VA_ARGS__      \
+   : isa() == Isa::avx2      ? avx2::__VA_ARGS__        \
+                             : scalar::__VA_ARGS__)
 #else
 #define MEGALITE_PICK(...) (isa(), scalar::__VA_ARGS__)
 #endif

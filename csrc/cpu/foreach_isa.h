@@ -33,4 +33,18 @@ namespace megalite::avx512 {
 #undef ISA_NAMESPACE
 }  // namespace megalite::avx512
 #pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
+namespace megalite::avx512_bf16 {
+#define ISA_NAMESPACE avx512_bf16
+#define LANES 16
+#define MEGALITE_VECTOR_BF16 1
+#include "vec.inc"
+#include MEGALITE_KERNELS
+#undef MEGALITE_VECTOR_BF16
+#undef LANES
+#undef ISA_NAMESPACE
+}  // namespace megalite::avx512_bf16
+#pragma GCC pop_options
 #endif

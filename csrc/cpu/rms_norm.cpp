@@ -9,7 +9,7 @@ struct RmsForward {
   void *y, *total;
   float* rstd;
   int64_t cols;
-  float eps, offset;
+  float eps;
 };
 
 struct RmsBackward {
@@ -17,7 +17,6 @@ struct RmsBackward {
   const float *weight, *rstd;
   void* dx;
   int64_t cols;
-  float offset;
 };
 
 }  // namespace megalite
@@ -28,8 +27,8 @@ struct RmsBackward {
 namespace megalite {
 
 void rms_norm_forward(DType dtype, const void* x, const void* residual, const float* weight, void* y, void* total,
-                      float* rstd, int64_t rows, int64_t cols, float eps, float offset, int threads) {
-  const RmsForward arguments{x, residual, weight, y, total, rstd, cols, eps, offset};
+                      float* rstd, int64_t rows, int64_t cols, float eps, int threads) {
+  const RmsForward arguments{x, residual, weight, y, total, rstd, cols, eps};
   MEGALITE_WITH_TYPE(dtype, {
     const auto kernel = MEGALITE_PICK(rms_forward_rows<T>);
     parallel_ranges(parts_for(rows * cols, threads), rows,
@@ -38,9 +37,8 @@ void rms_norm_forward(DType dtype, const void* x, const void* residual, const fl
 }
 
 void rms_norm_backward(DType dtype, const void* dy, const void* dresidual, const void* x, const float* weight,
-                       const float* rstd, void* dx, float* dweight, int64_t rows, int64_t cols, float offset,
-                       int threads) {
-  const RmsBackward arguments{dy, dresidual, x, weight, rstd, dx, cols, offset};
+                       const float* rstd, void* dx, float* dweight, int64_t rows, int64_t cols, int threads) {
+  const RmsBackward arguments{dy, dresidual, x, weight, rstd, dx, cols};
   const int parts = parts_for(rows * cols, threads);
   Partials partials(parts, 1, cols);
   MEGALITE_WITH_TYPE(dtype, {

@@ -31,17 +31,19 @@ struct WeightGradSizes {
 #if MEGALITE_X86
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
-namespace megalite::avx512_bf16 {
-#define ISA_NAMESPACE avx512_bf16
+namespace megalite::bf16_pairs {
+#define ISA_NAMESPACE bf16_pairs
 #define LANES 16
+#define MEGALITE_VECTOR_BF16 1
 #define MEGALITE_PAIRS
 #include "vec.inc"
 //
 #include "weight_grad.inc"
 #undef MEGALITE_PAIRS
+#undef MEGALITE_VECTOR_BF16
 #undef LANES
 #undef ISA_NAMESPACE
-}  // namespace megalite::avx512_bf16
+}  // namespace megalite::bf16_pairs
 #pragma GCC pop_options
 #endif
 
@@ -88,8 +90,8 @@ void linear_weight_grad(DType dtype, const void* dy, int64_t dy_stride, const vo
   if (tokens == 0 || out == 0 || in == 0) return;
 #if MEGALITE_X86
   if (dtype == DType::bfloat16 && isa() == Isa::avx512_bf16)
-    return run(arguments, tokens, out, threads, avx512_bf16::weight_grad_sizes(), avx512_bf16::weight_grad_left<bf16>,
-               avx512_bf16::weight_grad_panel<bf16>);
+    return run(arguments, tokens, out, threads, bf16_pairs::weight_grad_sizes(), bf16_pairs::weight_grad_left<bf16>,
+               bf16_pairs::weight_grad_panel<bf16>);
 #endif
   MEGALITE_WITH_TYPE(dtype, {
     run(arguments, tokens, out, threads, MEGALITE_PICK(weight_grad_sizes()), MEGALITE_PICK(weight_grad_left<T>),

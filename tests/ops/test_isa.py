@@ -21,6 +21,7 @@ FILES = [
     "adamw",
     "grad_norm",
     "embedding",
+    "linear",
     "native_math",
 ]
 PROGRAM = """

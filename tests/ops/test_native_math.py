@@ -20,6 +20,12 @@ def native(name: str, x: Tensor) -> Tensor:
     return y
 
 
+def isa_name() -> str:
+    from megalite_kernels import _C
+
+    return _C.isa_name()
+
+
 def ulps(got: Tensor, truth: Tensor) -> float:
     """Largest error in units of the spacing of float32 at the truth (at least that of normal numbers)."""
     spacing = torch.exp2(torch.floor(torch.log2(truth.abs().clamp(min=2.0**-126))) - 23)
@@ -65,9 +71,14 @@ def test_rounding_accuracy_is_torchs(dtype: torch.dtype) -> None:
         params, master, zeros.clone(), zeros.clone(), zeros, lr=torch.tensor(0.0), beta1=0.9, beta2=0.9, eps=1.0,
         weight_decay=0.0, step=torch.tensor(1), clip_coefficient=torch.tensor(1.0), skip=torch.tensor(False),
     )  # fmt: skip
-    finite = ~torch.isnan(master)
-    assert torch.equal(params[finite], expected[finite])
-    assert torch.isnan(params[~finite]).all()
+    known = ~torch.isnan(master)
+    assert torch.isnan(params[~known]).all()
+    if dtype == torch.bfloat16 and isa_name() in ("avx512_bf16", "amx"):  # its instruction takes subnormals for zeros
+        assert torch.equal(
+            params[master.abs() < 2.0**-126], torch.zeros_like(params)[master.abs() < 2.0**-126]
+        )
+        known &= master.abs() >= 2.0**-126
+    assert torch.equal(params[known], expected[known])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -75,6 +86,8 @@ def test_widening_accuracy_is_exact(dtype: torch.dtype) -> None:
     """Every 16-bit pattern comes back from a rotation by nothing, which widens and rounds."""
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(-1, 1, 64)
     y, _ = mk.rope(x, x, torch.ones(1024, 32), torch.zeros(1024, 32))
+    if dtype == torch.bfloat16 and isa_name() in ("avx512_bf16", "amx"):  # rounding takes subnormals for zeros
+        x = torch.where(x.abs() < 2.0**-126, 0, x)
     finite = torch.isfinite(x.view(-1, 2, 32)).all(1, keepdim=True).expand(-1, 2, -1).reshape_as(x)
     assert torch.equal(y[finite], x[finite])
     assert torch.equal(torch.isfinite(y), finite)

@@ -27,13 +27,13 @@ def residual_forward(
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, zero_centered: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    x, gain = x.contiguous(), float_weights(weight)
+    x, gain = x.contiguous(), _gain(weight, zero_centered)
     rows, cols = x.numel() // max(1, x.shape[-1]), x.shape[-1]
     y, total = torch.empty_like(x), None if residual is None else torch.empty_like(x)
     rstd = torch.empty(rows, dtype=torch.float32)
     _C.rms_norm_forward(
         DTYPES[x.dtype], address(x), address(residual), address(gain), address(y), address(total), address(rstd),
-        rows, cols, eps, float(zero_centered), threads(),
+        rows, cols, eps, threads(),
     )  # fmt: skip
     return y, total, rstd
 
@@ -42,11 +42,16 @@ def backward(
     dy: Tensor, dresidual: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, zero_centered: bool
 ) -> tuple[Tensor, Tensor]:
     """Backend "cpu" of `rms_norm_bwd`."""
-    dy, x, gain = dy.contiguous(), x.contiguous(), float_weights(weight)
+    dy, x, gain = dy.contiguous(), x.contiguous(), _gain(weight, zero_centered)
     dresidual = None if dresidual is None else dresidual.contiguous()
     dx, dweight = torch.empty_like(x), torch.empty_like(gain)
     _C.rms_norm_backward(
         DTYPES[x.dtype], address(dy), address(dresidual), address(x), address(gain), address(rstd), address(dx),
-        address(dweight), rstd.numel(), x.shape[-1], float(zero_centered), threads(),
+        address(dweight), rstd.numel(), x.shape[-1], threads(),
     )  # fmt: skip
     return dx, dweight.to(weight.dtype)
+
+
+def _gain(weight: Tensor, zero_centered: bool) -> Tensor:
+    gain = float_weights(weight)
+    return gain + 1 if zero_centered else gain
