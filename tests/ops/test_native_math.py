@@ -73,7 +73,10 @@ def test_rounding_accuracy_is_torchs(dtype: torch.dtype) -> None:
     )  # fmt: skip
     known = ~torch.isnan(master)
     assert torch.isnan(params[~known]).all()
-    if dtype == torch.bfloat16 and isa_name() in ("avx512_bf16", "amx"):  # its instruction takes subnormals for zeros
+    if dtype == torch.bfloat16 and isa_name() in (
+        "avx512_bf16",
+        "amx",
+    ):  # its instruction takes subnormals for zeros
         assert torch.equal(
             params[master.abs() < 2.0**-126], torch.zeros_like(params)[master.abs() < 2.0**-126]
         )
@@ -86,7 +89,10 @@ def test_widening_accuracy_is_exact(dtype: torch.dtype) -> None:
     """Every 16-bit pattern comes back from a rotation by nothing, which widens and rounds."""
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(-1, 1, 64)
     y, _ = mk.rope(x, x, torch.ones(1024, 32), torch.zeros(1024, 32))
-    if dtype == torch.bfloat16 and isa_name() in ("avx512_bf16", "amx"):  # rounding takes subnormals for zeros
+    if dtype == torch.bfloat16 and isa_name() in (
+        "avx512_bf16",
+        "amx",
+    ):  # rounding takes subnormals for zeros
         x = torch.where(x.abs() < 2.0**-126, 0, x)
     finite = torch.isfinite(x.view(-1, 2, 32)).all(1, keepdim=True).expand(-1, 2, -1).reshape_as(x)
     assert torch.equal(y[finite], x[finite])
