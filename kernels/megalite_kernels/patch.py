@@ -25,7 +25,9 @@ The loss: a model whose forward takes `labels` or `targets` gets it from `linear
 making logits. `output.logits` is then a `LazyLogits`, which computes them when it is used. In eval mode, and without
 targets, logits are tensors as before.
 
-Not supported: `torch.func` transforms of the patched model (the ops' gradients are autograd functions).
+Differences that remain: a mean loss over no token at all is 0 where torch gives NaN; `torch.func` transforms are not
+supported (the ops' gradients are autograd functions); `nn.DataParallel` can't gather `LazyLogits`
+(DistributedDataParallel has nothing to gather).
 """
 
 from __future__ import annotations

@@ -65,7 +65,10 @@ FAMILIES = {
     "mistral": Family(transformers.MistralConfig, {**BASE, "sliding_window": WINDOW}, LLAMA),
     "gemma2": Family(
         transformers.Gemma2Config,
-        {**BASE, "head_dim": 16, "sliding_window": WINDOW, "query_pre_attn_scalar": 24},
+        {
+            **BASE, "head_dim": 16, "sliding_window": WINDOW, "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0,
+        },
         {"rms_norm": 4, "rope": 1, "attention": 1, "geglu": 1},
     ),
     "gemma3": Family(
@@ -88,12 +91,14 @@ def hugging_face(name: str, **settings: Any) -> nn.Module:
 
 
 def randomize(model: nn.Module) -> nn.Module:
-    """Biases and gains away from their starting values, which hide mistakes."""
+    """Away from the starting values, which hide mistakes: no bias zero, no gain one, attention far from uniform."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.dim() < 2:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+            elif not any(word in name for word in ("embed", "wte", "wpe", "lm_head")):
+                parameter.mul_(1.2 / (parameter.std() * parameter.shape[-1] ** 0.5))
     return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 import sys
@@ -95,7 +96,9 @@ def test_patched_undoes_only_its_own_changes():
 
 def test_copies_and_pickles_keep_the_change():
     model = hugging_face("qwen3").train()
-    replaced = len(mk.patch(model).changes)
+    signature = inspect.signature(model.forward)
+    mk.patch(model)
+    assert inspect.signature(model.forward) == signature  # trainers look at it
     ids = tokens()
     expected = model(input_ids=ids, labels=ids).loss
     file = io.BytesIO()
@@ -112,7 +115,38 @@ def test_copies_and_pickles_keep_the_change():
         assert all(p.grad is None for p in model.parameters())
         assert mk.unpatch(other) > 0
     assert mk.unpatch(model) > 0
-    assert replaced > 0
+
+
+def test_a_head_may_serve_a_model_and_one_around_it():
+    class Around(nn.Module):
+        def __init__(self, base: nn.Module) -> None:
+            super().__init__()
+            self.base = base
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.base.get_output_embeddings()
+
+        def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+            return self.base(input_ids=input_ids, labels=labels)
+
+    model = Around(hugging_face("llama")).train()
+    ids = tokens()
+    expected = model(ids, labels=ids).loss.item()
+    assert mk.patch(model, ops="linear_cross_entropy").counts() == {"linear_cross_entropy": 2}
+    assert model(ids, labels=ids).loss.item() == pytest.approx(expected, rel=1e-6)
+    assert not mk.patch(model, ops="linear_cross_entropy").rows
+    assert mk.unpatch(model) == 3
+
+
+def test_only_what_needs_gradients_gets_them():
+    model = hugging_face("llama").train().requires_grad_(False)
+    model.model.embed_tokens.weight.requires_grad_()
+    mk.patch(model)
+    ids = tokens()
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is not None] == [
+        "model.embed_tokens.weight"
+    ]
 
 
 def test_save_pretrained_sees_no_difference(tmp_path):
@@ -224,9 +258,10 @@ def test_gradient_checkpointing(name):
         assert torch.equal(got, want)
 
 
-def test_dropout_in_training_takes_the_original_attention():
-    model = randomize(NanoGPT(dropout=0.2)).train()
-    report = mk.patch(model, ops=["attention"])
+@pytest.mark.parametrize("name", ["nanogpt", "gpt2"])
+def test_dropout_in_training_takes_the_original_attention(name):
+    model = randomize(NanoGPT(dropout=0.2)) if name == "nanogpt" else hugging_face("gpt2", attn_pdrop=0.2)
+    report = mk.patch(model.train(), ops=["attention"])
     assert report.counts() == {"attention": 2}
     assert "in training with dropout 0.2" in str(report)
     ids = tokens()

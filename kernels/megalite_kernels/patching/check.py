@@ -62,10 +62,11 @@ def random_input(module: nn.Module, *shape: int) -> Tensor:
 
 @contextmanager
 def stand_ins(module: nn.Module, dtype: torch.dtype) -> Iterator[list[Tensor]]:
-    """Inside, the module has float parameters and buffers of `dtype` with random small additions, and is in eval mode.
+    """Inside, the module has telling parameters, parameters and float buffers of `dtype`, and is in eval mode.
 
-    Vectors get a random addition and all-zero matrices are replaced: biases are zero, gains one and last projections
-    sometimes zero at the start, which would hide what they do. The module's own tensors are back afterwards, untouched.
+    Vectors get a random addition, matrices are scaled to carry values on at their size: biases are zero, gains one
+    and weights small or zero at the start, which would hide what they do (attention scores near zero look the same
+    under any scale or soft-cap). The module's own tensors are back afterwards, untouched.
     """
     source = generator(module)
     saved: list[tuple[dict[str, Any], str, Any]] = []
@@ -96,10 +97,14 @@ def stand_ins(module: nn.Module, dtype: torch.dtype) -> Iterator[list[Tensor]]:
 
 def _stand_in(tensor: Tensor, dtype: torch.dtype, source: torch.Generator) -> nn.Parameter:
     value = tensor.detach().float()
-    if value.dim() < 2:
-        value = value + 0.5 * torch.randn(value.shape, generator=source, device=value.device)
-    elif not bool(value.any()):
-        value = torch.randn(value.shape, generator=source, device=value.device) / math.sqrt(value.shape[-1])
+    noise = torch.randn(value.shape, generator=source, device=value.device) if value.dim() < 2 else None
+    if noise is not None:
+        value = value + 0.5 * noise
+    elif value.numel():
+        size = float(value.square().mean().sqrt())
+        if size == 0.0:
+            value, size = torch.randn(value.shape, generator=source, device=value.device), 1.0
+        value = value * (1.0 / (size * math.sqrt(value.shape[-1])))
     # Rounded to the module's dtype first, so that the float32 and the module's-dtype runs see the same numbers.
     return nn.Parameter(value.to(tensor.dtype).to(dtype))
 
