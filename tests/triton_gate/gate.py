@@ -18,9 +18,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ class Case:
     tensor_cores: tuple[str, ...] = ()
     """Names of the kernels which must use the tensor cores of every target."""
     targets: tuple[str, ...] = tuple(TARGETS)
+    local_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of local memory that may be used, by target: what isn't the kernel's, and why is said at the case."""
 
 
 Row = dict[str, Any]
@@ -175,7 +177,7 @@ def table(group: str) -> dict[str, Any]:
 def broken_promises(row: Row, case: Case) -> list[str]:
     """What a compiled kernel must never do, whatever the table says."""
     target, found = row["target"], []
-    if row["local_bytes"]:
+    if row["local_bytes"] > case.local_bytes.get(target, 0):
         found.append(f"{row['local_bytes']} bytes of registers are spilled")
     if row["shared_bytes"] > SHARED_LIMIT[target]:
         found.append(f"{row['shared_bytes']} bytes of shared memory, {SHARED_LIMIT[target]} is the limit")

@@ -19,7 +19,7 @@ from megalite_kernels.triton.attention_backward import (
 )
 from megalite_kernels.triton.attention_forward import attention_forward_kernel
 from megalite_kernels.triton.attention_tma import attention_forward_tma_kernel
-from megalite_kernels.triton.launch import Launch, Table, launch
+from megalite_kernels.triton.launch import Launch, Table, architecture, launch
 
 SECTION_BYTES = 16 << 20
 """Of keys and values (queries and gradients) that programs running at one time may reread: a share of the L2 cache,
@@ -39,13 +39,23 @@ def _tables(kernel: str, by_size: Mapping[str, Mapping[str, tuple[int, int, int,
     }
 
 
+# A100 has 163 kB of shared memory for a block, consumer GPUs (sm_86, sm_89, sm_120) 99, MI300 64. Compiled ahead of
+# time (tests/triton_gate), 8 warps keep 128 rows of 128 features in registers where 4 spill; a backward with twice
+# the accumulators has half the rows left.
 FORWARD = _tables(
     "attention_fwd",
     {
-        "64": {"default": (128, 64, 4, 3)},
-        "128": {"default": (128, 64, 8, 3)},
-        "256": {"default": (128, 64, 8, 2)},
-        "wide": {"default": (64, 32, 8, 1)},
+        "64": {"default": (128, 64, 4, 3), "sm_90": (128, 64, 8, 3), "gfx942": (128, 64, 4, 3)},
+        "128": {"default": (128, 64, 8, 3), "gfx942": (128, 64, 4, 2)},
+        "256": {
+            "default": (64, 32, 8, 2),
+            "sm_80": (64, 64, 8, 2),
+            "sm_86": (64, 32, 8, 2),
+            "sm_90": (128, 64, 8, 2),
+            "sm_120": (64, 32, 8, 2),
+            "gfx942": (64, 32, 4, 2),
+        },
+        "fp32": {"default": (32, 32, 4, 1)},
     },
 )
 SPECIALIZE_FROM = (3, 9)
@@ -69,19 +79,46 @@ FORWARD_TMA = {
 DK_DV = _tables(
     "attention_dk_dv",
     {
-        "64": {"default": (64, 128, 8, 2)},
-        "128": {"default": (64, 128, 8, 2)},
-        "256": {"default": (32, 64, 8, 1)},
-        "wide": {"default": (32, 32, 8, 1)},
+        "64": {"default": (64, 64, 8, 2), "sm_90": (64, 128, 8, 2), "gfx942": (64, 64, 4, 1)},
+        "128": {
+            "default": (64, 64, 8, 2),
+            "sm_90": (32, 128, 8, 2),
+            "sm_100": (64, 128, 8, 2),
+            "sm_120": (64, 64, 8, 2),
+            "gfx942": (32, 64, 4, 1),
+        },
+        "256": {
+            "default": (32, 32, 8, 1),
+            "sm_80": (32, 64, 8, 1),
+            "sm_86": (32, 32, 8, 1),
+            "sm_90": (32, 32, 8, 1),  # 64 keys spill, 32 are too few for a warpgroup's instruction
+            "sm_100": (32, 64, 8, 2),
+            "sm_120": (32, 32, 8, 1),
+            "gfx942": (32, 32, 4, 1),
+        },
+        "fp32": {"default": (32, 16, 4, 1)},
     },
 )
 DQ = _tables(
     "attention_dq",
     {
-        "64": {"default": (128, 64, 8, 2)},
-        "128": {"default": (128, 64, 8, 2)},
-        "256": {"default": (64, 32, 8, 1)},
-        "wide": {"default": (32, 32, 8, 1)},
+        "64": {"default": (128, 64, 8, 2), "gfx942": (64, 64, 4, 1)},
+        "128": {
+            "default": (64, 64, 4, 2),
+            "sm_90": (128, 64, 8, 2),
+            "sm_120": (64, 64, 4, 2),
+            "gfx942": (64, 64, 4, 1),
+        },
+        "256": {
+            "default": (32, 32, 8, 1),
+            "sm_80": (64, 64, 8, 1),
+            "sm_86": (32, 32, 8, 1),
+            "sm_90": (128, 32, 8, 2),
+            "sm_100": (64, 64, 8, 1),
+            "sm_120": (32, 32, 8, 1),
+            "gfx942": (32, 32, 4, 1),
+        },
+        "fp32": {"default": (32, 16, 4, 1)},
     },
 )
 DELTA = Table(
@@ -171,8 +208,13 @@ def _constants(
     }
 
 
+def _precision() -> str:
+    """Of products of fp32: three tf32 products (errors of 2^-22 a term, on tensor cores) where there is no fp32 one."""
+    return "ieee" if architecture().startswith("gfx") else "tf32x3"
+
+
 def _pick(tables: Mapping[str, Table], shape: Shape, dtype: torch.dtype) -> Launch:
-    return tables["wide" if dtype == torch.float32 else shape.size].pick()
+    return tables["fp32" if dtype == torch.float32 else shape.size].pick()
 
 
 def forward(
@@ -207,6 +249,7 @@ def forward(
     else:
         config, kernel, inputs = _pick(FORWARD, shape, q.dtype), attention_forward_kernel, (q, k, v)
         strides = (*_strides(q), *_strides(k), *_strides(v))
+        constants["PRECISION"] = _precision()
     blocks = triton.cdiv(shape.longest_query, config.blocks["BLOCK_M"])
     groups = shape.heads // shape.kv_heads
     launch(
@@ -238,10 +281,10 @@ def _descriptors(x: Tensor, rows: int, tiles: tuple[int, int]) -> list[TensorDes
 
 
 def _tma_constants(shape: Shape, config: Launch, constants: dict[str, Any]) -> dict[str, Any]:
-    """With specialised warps a head of 128 is held as 64 + 64: one warpgroup rescales the output, a tile at a time,
-    and has no registers for 128 columns. Rows past the keys are cleared where another sequence may follow."""
+    """Where one warpgroup rescales the output (specialised warps), it has registers for 64 columns at a time, and else
+    two have for 128: a wider head is held as two halves. Rows past the keys are cleared where a sequence follows."""
     d1, d2 = constants["D1"], constants["D2"]
-    if config.blocks["SPECIALIZED"] and d1 >= 128 and d2 == 0:
+    if d2 == 0 and d1 > (64 if config.blocks["SPECIALIZED"] else 128):
         d1 = d2 = d1 // 2
     uneven = shape.batch > 1 and shape.keys % config.blocks["BLOCK_N"] != 0
     return {"D1": d1, "D2": d2, "CLEAR": constants["PACKED"] or uneven}
@@ -272,7 +315,7 @@ def backward(
     delta, dsinks = _delta(dout, out, lse, None if dlse is None else dlse.contiguous(), sinks, shape)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     constants = _constants(shape, causal, window, offset, softcap, scale)
-    constants |= {"PACKED": cu_seqlens is not None, "SCALE": scale}
+    constants |= {"PACKED": cu_seqlens is not None, "SCALE": scale, "PRECISION": _precision()}
     bounds = (cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k)
     strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(dout))
     sizes = (shape.queries, shape.keys, window, offset)

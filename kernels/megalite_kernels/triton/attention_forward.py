@@ -60,6 +60,7 @@ def softmax_end(maximum, total):
 def attend(
     acc, tail, maximum, total, q, q_tail, position, k_base, k_stride, v_base, v_stride, k_len, window, first, last,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, BEFORE: tl.constexpr, CAP: tl.constexpr, FACTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The state after the key blocks from first to last; with MASKED any of them may be seen in part."""
@@ -68,10 +69,10 @@ def attend(
         v_rows = v_base + tl.cast(start, tl.int64) * v_stride
         left = k_len - start
         k = load_tile(k_rows, k_stride, left, 0, D, BLOCK_N, D1, MASKED)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if D2:
             k_tail = load_tile(k_rows, k_stride, left, D1, D, BLOCK_N, D2, MASKED)
-            scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision="ieee")
+            scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision=PRECISION)
         scores, _ = capped(scores, BEFORE, CAP, q.dtype == tl.float32)
         if MASKED:
             key = start + tl.arange(0, BLOCK_N)
@@ -79,10 +80,10 @@ def attend(
         probabilities, correction, maximum, total = softmax_step(scores, maximum, total, FACTOR, MASKED)
         narrow = probabilities.to(q.dtype)
         v = load_tile(v_rows, v_stride, left, 0, D, BLOCK_N, D1, MASKED)
-        acc = tl.dot(narrow, v, acc * correction[:, None], input_precision="ieee")
+        acc = tl.dot(narrow, v, acc * correction[:, None], input_precision=PRECISION)
         if D2:
             v_tail = load_tile(v_rows, v_stride, left, D1, D, BLOCK_N, D2, MASKED)
-            tail = tl.dot(narrow, v_tail, tail * correction[:, None], input_precision="ieee")
+            tail = tl.dot(narrow, v_tail, tail * correction[:, None], input_precision=PRECISION)
     return acc, tail, maximum, total
 
 
@@ -92,7 +93,7 @@ def attention_forward_kernel(
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
     q_len, k_len, window, offset, heads, groups, blocks, sequences, section,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PACKED: tl.constexpr,
-    BEFORE: tl.constexpr, CAP: tl.constexpr, FACTOR: tl.constexpr,
+    BEFORE: tl.constexpr, CAP: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid [blocks * heads * sequences]; a program owns BLOCK_M queries of one head.
@@ -111,16 +112,22 @@ def attention_forward_kernel(
     position = row + tl.arange(0, BLOCK_M) + shift
     first_token = tl.cast(q_start + row, tl.int64)
     batch = tl.cast(batch, tl.int64)
-    q_base = q_ptr + batch * q_stride_b + first_token * q_stride_t + head * q_stride_h
+    q_base = q_ptr + batch * q_stride_b + first_token * q_stride_t + tl.cast(head, tl.int64) * q_stride_h
     q = load_tile(q_base, q_stride_t, rows - row, 0, D, BLOCK_M, D1, True)
     q_tail = q
     if D2:
         q_tail = load_tile(q_base, q_stride_t, rows - row, D1, D, BLOCK_M, D2, True)
     k_base = (
-        k_ptr + batch * k_stride_b + tl.cast(k_start, tl.int64) * k_stride_t + head // groups * k_stride_h
+        k_ptr
+        + batch * k_stride_b
+        + tl.cast(k_start, tl.int64) * k_stride_t
+        + tl.cast(head // groups, tl.int64) * k_stride_h
     )
     v_base = (
-        v_ptr + batch * v_stride_b + tl.cast(k_start, tl.int64) * v_stride_t + head // groups * v_stride_h
+        v_ptr
+        + batch * v_stride_b
+        + tl.cast(k_start, tl.int64) * v_stride_t
+        + tl.cast(head // groups, tl.int64) * v_stride_h
     )
     first, full_first, full_last, last = key_range(
         row, tl.minimum(BLOCK_M, rows - row), shift, keys, window, CAUSAL, WINDOWED, BLOCK_N
@@ -129,15 +136,15 @@ def attention_forward_kernel(
     if WINDOWED:
         acc, tail, maximum, total = attend(
             acc, tail, maximum, total, q, q_tail, position, k_base, k_stride_t, v_base, v_stride_t, keys, window,
-            first, full_first, CAUSAL, WINDOWED, BEFORE, CAP, FACTOR, D, D1, D2, BLOCK_N, True,
+            first, full_first, CAUSAL, WINDOWED, BEFORE, CAP, FACTOR, PRECISION, D, D1, D2, BLOCK_N, True,
         )  # fmt: skip
     acc, tail, maximum, total = attend(
         acc, tail, maximum, total, q, q_tail, position, k_base, k_stride_t, v_base, v_stride_t, keys, window,
-        full_first, full_last, CAUSAL, WINDOWED, BEFORE, CAP, FACTOR, D, D1, D2, BLOCK_N, False,
+        full_first, full_last, CAUSAL, WINDOWED, BEFORE, CAP, FACTOR, PRECISION, D, D1, D2, BLOCK_N, False,
     )  # fmt: skip
     acc, tail, maximum, total = attend(
         acc, tail, maximum, total, q, q_tail, position, k_base, k_stride_t, v_base, v_stride_t, keys, window,
-        full_last, last, CAUSAL, WINDOWED, BEFORE, CAP, FACTOR, D, D1, D2, BLOCK_N, True,
+        full_last, last, CAUSAL, WINDOWED, BEFORE, CAP, FACTOR, PRECISION, D, D1, D2, BLOCK_N, True,
     )  # fmt: skip
     divisor, lse = softmax_end(maximum, total)
     out_base = out_ptr + ((batch * q_len + first_token) * heads + head) * D
