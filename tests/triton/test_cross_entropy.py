@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from torch import Tensor
 import megalite_kernels as mk
 from megalite_kernels.ops.cross_entropy_local import cross_entropy_grad, cross_entropy_grad_
 from megalite_kernels.triton.launch import Launch, override
+from tests.helpers.margins import surrounded, surrounded_outputs
 from tests.ops import test_cross_entropy as ops
 from tests.ops import test_cross_entropy_local as local
 from tests.ops.catalogue import check, random
@@ -153,3 +154,30 @@ def test_scaled_copy(size: int, dtype: torch.dtype) -> None:
         return result
 
     assert torch.equal(copied("triton"), copied("reference"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", [48, 53])
+def test_kernels_stay_within_their_tensors(classes: int, dtype: torch.dtype) -> None:
+    """Rows that begin aligned and not, a ragged end, a row without a loss."""
+    logits, target, scale = random(3, classes).to(dtype), ops.targets(3, classes), torch.tensor(0.7)
+    calls = torch.ops.megalite
+
+    def results(place: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        options, shard = (-100, 0.1, 0.01, 3.0), (0, classes - 2, classes)
+        x, factor = place(logits), place(scale)
+        loss, lse = calls.cross_entropy_fwd(x, target, *options)
+        stats = calls.cross_entropy_local_fwd(x, target, *shard[:2], *options)
+        grad = calls.cross_entropy_local_bwd(x, target, place(lse), factor, *shard, *options)
+        copied = calls.scaled_copy(x, factor, dtype)
+        both = calls.cross_entropy_grad_(x, target, factor, *options)
+        return [loss, lse, stats, grad, copied, *both, x]
+
+    with mk.use_backend("triton"):
+        expected = results(torch.clone)
+        with surrounded_outputs():
+            found = results(surrounded)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    around = torch.as_strided(found[-1], (256 + logits.numel(),), (1,), 0)
+    assert bool(torch.isnan(torch.cat([around[:128], around[-128:]])).all())

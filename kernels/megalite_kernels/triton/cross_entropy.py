@@ -264,7 +264,7 @@ def grad_(logits: Tensor, target: Tensor, scale: Tensor, *options: Any) -> tuple
 def stats(logits: Tensor, target: Tensor, start: int, *options: Any) -> Tensor:
     """The row kernel `stats` of the chunk plan."""
     logits = _rows(logits)
-    out = torch.empty(4, logits.shape[0], dtype=torch.float32, device=logits.device)
+    out = logits.new_empty(4, logits.shape[0], dtype=torch.float32)
     _forward(logits, target, out, out, out, options, start=start, stats=True, gradient=False)
     return out
 
@@ -284,7 +284,7 @@ def local_backward(
     logits: Tensor, target: Tensor, lse: Tensor, scale: Tensor, vocab_start: int, valid_rows: int, *rest: Any
 ) -> Tensor:
     """Backend "triton" of `cross_entropy_local_bwd`."""
-    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    dlogits = logits.new_empty(logits.shape)
     _backward(_rows(logits), dlogits, target, lse, scale, vocab_start, valid_rows, *rest)
     return dlogits
 
@@ -365,4 +365,4 @@ def _require_rows(logits: Tensor) -> None:
 
 
 def _per_row(logits: Tensor) -> Tensor:
-    return torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    return logits.new_empty(logits.shape[0], dtype=torch.float32)

@@ -70,7 +70,7 @@ def scaled_copy_kernel(x_ptr, scale_ptr, out_ptr, size, BLOCK: tl.constexpr):
 
 def scaled_copy(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Backend "triton" of `scaled_copy`."""
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    out = x.new_empty(x.shape, dtype=dtype)
     config = COPY.pick()
     grid = (triton.cdiv(x.numel(), config.blocks["BLOCK"]),)
     launch(scaled_copy_kernel, grid, config, x.contiguous(), scale, out, x.numel())
