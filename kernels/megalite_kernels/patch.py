@@ -230,6 +230,8 @@ class _Patcher:
                     best, least = spec, distance
                 if distance <= check.SAME_FUNCTION:
                     return spec
+        except check.MismatchError as mismatch:
+            return str(mismatch)
         except Exception as error:  # a module may fail in any way on input it was not made for
             return f"can't be called for the check ({type(error).__name__}: {str(error)[:80]})"
         kind = proposal.kinds.get(best, proposal.kind)

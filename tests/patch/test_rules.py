@@ -351,3 +351,12 @@ def test_what_cannot_be_compared_is_skipped():
     model[0].forward = lambda x: x
     (row,) = mk.patch(model).skipped
     assert "a forward of its own" in row.skipped
+
+
+def test_a_fused_op_that_fails_is_named_and_the_module_kept():
+    model = nn.Sequential(Norm())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megalite_kernels.patching.norms.rms_norm", lambda *args, **options: 1 / 0)
+        (row,) = mk.patch(model, ops="rms_norm").skipped
+    assert row.skipped == "the fused op fails (ZeroDivisionError: division by zero)"
+    assert type(model[0]) is Norm

@@ -182,6 +182,10 @@ def _both(
     apply(module, spec)
     try:
         return theirs, run(module, inputs, dtype, gradients=gradients, first_only=spec.first_output_only)
+    except MismatchError:
+        raise
+    except Exception as error:  # the original took this call, so it is the fused op that doesn't
+        raise MismatchError(f"the fused op fails ({type(error).__name__}: {str(error)[:80]})") from error
     finally:
         revert(module, spec)
 
