@@ -109,8 +109,8 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     return attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=longest)
 
 
-def _shapes(*, head_dims: tuple[int, ...] = (64, 128)) -> dict[str, Any]:
-    small = {"B": 1, "S": 2048, "N": 8, "K": 2}
+def _shapes(*, head_dims: tuple[int, ...] = (64, 128), cpu_tokens: int = 2048) -> dict[str, Any]:
+    small = {"B": 1, "S": cpu_tokens, "N": 8, "K": 2}
     large = {"B": 1, "S": 16384, "N": 16, "K": 4}
     return {
         "check": {"B": 2, "S": 67, "N": 4, "K": 2, "D": 16},
@@ -141,7 +141,7 @@ CASES = (
         make_inputs,
         lambda shape, itemsize: work(shape, itemsize, pairs=shape["S"] ** 2),
         eager=lambda q, k, v: sdpa(q, k, v, causal=False),
-        **_shapes(head_dims=(128,)),
+        **_shapes(head_dims=(128,), cpu_tokens=1024),
     ),
     Case(
         "attention",
@@ -151,7 +151,7 @@ CASES = (
         make_inputs,
         lambda shape, itemsize: work(shape, itemsize, pairs=_window_pairs(shape)),
         eager=_sdpa_window,
-        **_shapes(head_dims=(128,)),
+        **_shapes(head_dims=(128,), cpu_tokens=1024),
     ),
     Case(
         "attention",
