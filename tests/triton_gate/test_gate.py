@@ -17,7 +17,7 @@ from tests.triton_gate.gate import TARGETS, Case, broken_promises, cases, compil
 CASES = [(group, case) for group in groups() for case in cases(group)]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("group", "case"), CASES, ids=[case.name for _, case in CASES])
 def test_kernels_keep_their_promises_and_the_table(group: str, case: Case) -> None:
     rows = [row for target in case.targets for row in compile_case(case, target)]
