@@ -25,7 +25,7 @@ CPP_FILES := \( -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o
 
 .PHONY: help
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: setup
 setup: ## make .venv with what megalite needs
@@ -56,6 +56,21 @@ test-slow: ## run the slow tests too
 .PHONY: bench
 bench: setup ## measure training throughput on this machine
 	@$(BIN)/python benchmarks/train_throughput.py $(ARGS)
+
+.PHONY: bench-kernels
+bench-kernels: setup ## time every kernel here against torch and torch.compile; records and a roofline plot
+	@$(BIN)/python -m benchmarks.kernels $(ARGS)
+
+.PHONY: doctor
+doctor: setup ## check and time every op on this machine
+	@$(BIN)/megalite doctor $(ARGS)
+
+# Runs with the machine's own Python: torch, triton, numpy and pytest, no network, no installation.
+GPU_PYTHON ?= python3
+OUT ?= gpu-check
+.PHONY: gpu-check
+gpu-check: ## prove and time every kernel on this machine's NVIDIA GPU (PARTS=..., OUT=folder)
+	@PYTHONPATH=.:kernels $(GPU_PYTHON) benchmarks/gpu_check.py --out $(OUT) $(if $(PARTS),--parts $(PARTS)) $(ARGS)
 
 .PHONY: lint
 lint: ## check style, types and C++ format
