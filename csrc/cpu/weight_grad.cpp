@@ -51,7 +51,8 @@ namespace megalite {
 
 namespace {
 
-constexpr int64_t kWords = 1024, kOutputs = 512;  // of a block
+constexpr int64_t kWords = 1024;             // of tokens in a block
+constexpr int64_t kLeftWords = 1024 * 2048;  // of a packed block (8 MB, in the last cache): x is packed once for each
 
 using PackLeft = void (*)(const WeightGradArguments&, const WeightGradBlock&, int64_t, int64_t, void*);
 using Panel = void (*)(const WeightGradArguments&, const WeightGradBlock&, int64_t, const void*, void*);
@@ -61,17 +62,18 @@ int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 void run(const WeightGradArguments& a, int64_t tokens, int64_t out, int threads, const WeightGradSizes& sizes,
          PackLeft pack_left, Panel panel) {
   const int64_t most_words = std::min(kWords, (tokens + sizes.tokens - 1) / sizes.tokens);
+  const int64_t outputs = std::max(sizes.lanes, kLeftWords / most_words / sizes.lanes * sizes.lanes);
   const int64_t panels = (a.in + sizes.panel - 1) / sizes.panel;
   const int parts = static_cast<int>(std::min<int64_t>(parts_for(tokens * a.in, threads), panels));
-  const int64_t left_size = most_words * round_up(std::min(out, kOutputs), sizes.lanes);
+  const int64_t left_size = most_words * round_up(std::min(out, outputs), sizes.lanes);
   const int64_t right_size = most_words * sizes.panel;
   const std::unique_ptr<uint32_t[]> memory(new uint32_t[left_size + parts * right_size + 16]);
   uint32_t* left = memory.get();
   left += (64 - reinterpret_cast<uintptr_t>(left) % 64) % 64 / sizeof(uint32_t);
   for (int64_t token = 0; token < tokens; token += kWords * sizes.tokens)
-    for (int64_t row = 0; row < out; row += kOutputs) {
+    for (int64_t row = 0; row < out; row += outputs) {
       const WeightGradBlock block{token, std::min(kWords * sizes.tokens, tokens - token), row,
-                                  std::min(out, row + kOutputs)};
+                                  std::min(out, row + outputs)};
       const int64_t groups = (block.end - row + sizes.lanes - 1) / sizes.lanes;
       parallel_ranges(std::min<int>(parts, groups), groups, [&](int, int64_t begin, int64_t end) {
         pack_left(a, block, row + begin * sizes.lanes, std::min(block.end, row + end * sizes.lanes), left);
