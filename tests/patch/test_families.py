@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -140,7 +141,10 @@ def test_other_ways_to_generate(name):
         assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False, **way), want)
     with torch.no_grad(), Ops() as ops:
         first = model(ids[:, :5], use_cache=True)
-        second = model(ids[:, 5:], past_key_values=first.past_key_values, use_cache=True)
+        # transformers 5.24 renames the argument from past_key_values.
+        cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        kept = first["cache"] if "cache" in first else first["past_key_values"]
+        second = model(ids[:, 5:], **{cache_name: kept}, use_cache=True)
     assert torch.allclose(second.logits, logits[:, 5:], atol=1e-5)
     assert ops.names.count("megalite::attention_fwd") == 4
 

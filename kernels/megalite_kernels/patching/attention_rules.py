@@ -18,7 +18,7 @@ from megalite_kernels.patching.attention import (
 )
 from megalite_kernels.patching.check import Inputs, MismatchError, random_input, run
 from megalite_kernels.patching.common import Proposal, projections
-from megalite_kernels.patching.rebind import methods_behind_forward, used_names
+from megalite_kernels.patching.rebind import methods_behind_forward, used_names, wrapped
 from megalite_kernels.patching.swap import Spec, apply, revert
 
 ROWS = 11
@@ -41,8 +41,9 @@ def propose_rope(module: nn.Module) -> Proposal | None:
     functions = {
         value
         for method in methods_behind_forward(type(module)).values()
-        for name in used_names(method) & set(method.__globals__)
-        if is_rotary(value := method.__globals__[name])
+        for function in wrapped(method)
+        for name in used_names(function) & set(function.__globals__)
+        if is_rotary(value := function.__globals__[name])
     }
     if not functions:
         return None

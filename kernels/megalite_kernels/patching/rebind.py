@@ -48,7 +48,7 @@ def torch_namespace(value: Any, names: frozenset[str], replaced: dict[str, Any])
 def used_names(function: types.FunctionType) -> frozenset[str]:
     """Names of globals and attributes in the function's code, and in that of functions it wraps or makes."""
     names: set[str] = set()
-    for one in _wrapped(function):
+    for one in wrapped(function):
         codes = [one.__code__]
         while codes:
             code = codes.pop()
@@ -57,7 +57,8 @@ def used_names(function: types.FunctionType) -> frozenset[str]:
     return frozenset(names)
 
 
-def _wrapped(function: Any) -> Iterator[types.FunctionType]:
+def wrapped(function: Any) -> Iterator[types.FunctionType]:
+    """The function and those that its decorators hide, outermost first."""
     while isinstance(function, types.FunctionType):
         yield function
         function = function.__dict__.get("__wrapped__")
