@@ -8,7 +8,8 @@ import pytest
 
 import megalite.config
 from megalite.cli.config_file import config_from_values, parse_pretrain, write_toml
-from megalite.config import DatasetSpec, ModelConfig, RopeScaling, RunConfig, TrainConfig, from_dict, to_dict
+from megalite.config import DatasetSpec, ModelConfig, RopeScaling, RunConfig, TrainConfig
+from megalite.config_values import from_dict, to_dict
 from megalite.errors import UserError
 
 

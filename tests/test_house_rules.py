@@ -11,7 +11,7 @@ FUNCTION_LINES = 60
 KERNEL_LINES = 120
 FILE_LINES = 400
 LONGER_FILES = {
-    "megalite/config.py": 620,  # the whole configuration and all of its checks, in one place by design
+    "megalite/config.py": 520,  # the whole configuration and all of its checks, in one place by design
 }
 TEXT = {".cfg", ".cpp", ".cu", ".cuh", ".h", ".md", ".py", ".sh", ".toml", ".yaml", ".yml", ""}
 FOLDERS = [".ci", "benchmarks", "csrc", "examples", "kernels", "megalite", "scripts", "tests"]

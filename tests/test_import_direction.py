@@ -15,18 +15,19 @@ MAY_IMPORT = {
     "": set(),
     "errors": set(),
     "config": set(),
+    "config_values": set(),
     "parallel": {"config"},
     "layers": {"parallel", "config"},
     "models": {"layers", "parallel", "config"},
     "optim": {"parallel", "config"},
     "data": {"parallel", "config"},
     "interop": COMPUTE,
-    "train": COMPUTE | {"interop"},
-    "cli": COMPUTE | {"train", "interop"},
+    "train": COMPUTE | {"interop", "config_values"},
+    "cli": COMPUTE | {"train", "interop", "config_values"},
     "__main__": {"cli"},
 }
 MAY_IMPORT_KERNELS = {"parallel", "layers", "models", "optim", "train", "interop", "cli"}
-STDLIB_ONLY = {"", "errors", "config", "__main__"}
+STDLIB_ONLY = {"", "errors", "config", "config_values", "__main__"}
 # What moves data between ranks (a barrier does not); megalite.parallel.collectives is the only caller.
 COLLECTIVES = {
     "all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_gather_object",

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 import tyro
 
-from megalite.config import DatasetSpec, RunConfig, from_dict, to_dict
+from megalite.config import DatasetSpec, RunConfig
+from megalite.config_values import from_dict, to_dict
 from megalite.errors import UserError
 from megalite.models.presets import preset
 

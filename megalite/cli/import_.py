@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from megalite.cli.config_file import parse
-from megalite.config import to_dict
+from megalite.config_values import to_dict
 from megalite.errors import ExitCode
 
 

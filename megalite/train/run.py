@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from megalite.config import RunConfig, to_dict
+from megalite.config import RunConfig
+from megalite.config_values import to_dict
 from megalite.data.dataset import open_prepared
 from megalite.errors import ExitCode
 from megalite.parallel.collectives import barrier

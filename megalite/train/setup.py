@@ -14,7 +14,8 @@ import torch
 
 import megalite
 import megalite_kernels
-from megalite.config import ModelConfig, RunConfig, to_dict
+from megalite.config import ModelConfig, RunConfig
+from megalite.config_values import to_dict
 from megalite.data.dataset import load_datasets, open_prepared
 from megalite.data.loader import TrainLoader
 from megalite.data.tokenize import Tokenizer

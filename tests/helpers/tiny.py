@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from megalite.config import DataConfig, DatasetSpec, RunConfig, from_dict
+from megalite.config import DataConfig, DatasetSpec, RunConfig
+from megalite.config_values import from_dict
 from megalite.data.dataset import DOCUMENT_RECORD
 from megalite.data.indexed import IndexedWriter
 from megalite.data.tokenize import Tokenizer
