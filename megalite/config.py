@@ -10,7 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megalite.errors import UserError
+from megalite.config_checks import not_negative, positive, require
+from megalite.config_parallel import ParallelConfig as ParallelConfig
+from megalite.config_parallel import RecomputeConfig as RecomputeConfig
 
 IGNORE_INDEX = -100
 """Label of positions that carry no loss (torch's own default)."""
@@ -19,39 +21,6 @@ VOCAB_MULTIPLE = 128
 """Vocabulary rows are padded in memory to a multiple of this, whatever the layout; never in files."""
 
 Family = Literal["gpt2", "llama", "qwen2", "qwen3", "mistral"]
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
-def _positive(owner: object, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        _require(value > 0, f"{_label(owner)}.{name}={value} must be greater than 0")
-
-
-def _require_divides(name: str, degree: int, size: int, what: str) -> None:
-    divisors = [d for d in range(1, size + 1) if size % d == 0]
-    lower, upper = (
-        max(d for d in divisors if d <= degree),
-        min((d for d in divisors if d >= degree), default=size),
-    )
-    _require(
-        size % degree == 0,
-        f"parallel.{name}={degree} must divide {what}={size}: the nearest that do are {lower} and {upper}",
-    )
-
-
-def _not_negative(owner: object, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        _require(value >= 0, f"{_label(owner)}.{name}={value} must not be negative")
-
-
-def _label(owner: object) -> str:
-    return type(owner).__name__.removesuffix("Config").lower() or "config"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +39,8 @@ class RopeScaling:
     """llama3: the length the unstretched model was trained for."""
 
     def __post_init__(self) -> None:
-        _require(self.factor >= 1.0, f"model.rope_scaling.factor={self.factor} must be at least 1")
-        _require(
+        require(self.factor >= 1.0, f"model.rope_scaling.factor={self.factor} must be at least 1")
+        require(
             self.high_freq_factor > self.low_freq_factor > 0,
             f"model.rope_scaling needs high_freq_factor={self.high_freq_factor} > "
             f"low_freq_factor={self.low_freq_factor} > 0",
@@ -132,26 +101,26 @@ class ModelConfig:
     """Must stay 0: there is no dropout (it would tie the bits of a run to its layout)."""
 
     def __post_init__(self) -> None:
-        _positive(self, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
-        _positive(self, "max_position_embeddings", "norm_eps", "rope_theta", "init_std")
-        _not_negative(self, "vocab_size", "num_key_value_heads", "head_dim", "sliding_window")
-        _not_negative(self, "sliding_window_start_layer")
-        _require(
+        positive(self, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+        positive(self, "max_position_embeddings", "norm_eps", "rope_theta", "init_std")
+        not_negative(self, "vocab_size", "num_key_value_heads", "head_dim", "sliding_window")
+        not_negative(self, "sliding_window_start_layer")
+        require(
             self.dropout == 0.0,
             f"model.dropout={self.dropout} is not supported: set it to 0. Pre-training passes over its data about "
             "once, where dropout only costs quality, and its masks would differ between parallel layouts",
         )
-        _require(
+        require(
             self.head_dim > 0 or self.hidden_size % self.num_attention_heads == 0,
             f"model.hidden_size={self.hidden_size} must be a multiple of "
             f"model.num_attention_heads={self.num_attention_heads}, or give model.head_dim",
         )
-        _require(
+        require(
             self.num_attention_heads % self.kv_heads == 0,
             f"model.num_attention_heads={self.num_attention_heads} must be a multiple of "
             f"model.num_key_value_heads={self.kv_heads}",
         )
-        _require(
+        require(
             self.position != "rope" or self.size_per_head % 2 == 0,
             f"model.head_dim={self.size_per_head} must be even for rotary positions",
         )
@@ -191,8 +160,8 @@ class DatasetSpec:
     """Relative share of samples; weights need not sum to one."""
 
     def __post_init__(self) -> None:
-        _require(bool(self.path), "data.datasets.path must name a prepared dataset folder")
-        _require(self.weight > 0, f"data.datasets.weight={self.weight} of {self.path} must be greater than 0")
+        require(bool(self.path), "data.datasets.path must name a prepared dataset folder")
+        require(self.weight > 0, f"data.datasets.weight={self.weight} of {self.path} must be greater than 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,11 +192,11 @@ class OptimizerConfig:
     """Largest global gradient norm; 0 turns clipping off."""
 
     def __post_init__(self) -> None:
-        _positive(self, "learning_rate", "eps")
-        _not_negative(self, "weight_decay", "clip_grad_norm")
+        positive(self, "learning_rate", "eps")
+        not_negative(self, "weight_decay", "clip_grad_norm")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            _require(0.0 <= value < 1.0, f"optimizer.{name}={value} must be in [0, 1)")
+            require(0.0 <= value < 1.0, f"optimizer.{name}={value} must be in [0, 1)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,67 +215,8 @@ class ScheduleConfig:
     """Floor as a share of the peak."""
 
     def __post_init__(self) -> None:
-        _not_negative(self, "warmup", "decay")
-        _require(0.0 <= self.min_ratio <= 1.0, f"schedule.min_ratio={self.min_ratio} must be in [0, 1]")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ParallelConfig:
-    """How the run is spread over processes: dp follows from their number, dp = processes / (tp · cp · pp)."""
-
-    tp: int = 1
-    """Ranks that split the matrices of every layer (tensor parallel)."""
-    sequence_parallel: bool = True
-    """With tp > 1: norms and residual stream are split over the same ranks, by tokens."""
-    cp: int = 1
-    """Ranks that split the tokens of every sequence (context parallel)."""
-    cp_method: Literal["ring", "ulysses"] = "ring"
-    """ring: keys and values travel; ulysses: all-to-all over heads, which cp must divide."""
-    pp: int = 1
-    """Ranks that split the layers (pipeline parallel)."""
-    backend: Literal["auto", "gloo", "nccl"] = "auto"
-    """Collective library; auto is nccl on GPUs and gloo on CPUs."""
-    timeout_s: float = 600.0
-    """Seconds a collective may wait before the run is ended with an error."""
-
-    def __post_init__(self) -> None:
-        _positive(self, "tp", "cp", "pp", "timeout_s")
-
-    def dp_size(self, world_size: int) -> int:
-        """Data-parallel ranks among `world_size` processes.
-
-        Raises:
-            UserError: the processes do not divide into whole replicas of the model.
-        """
-        replica = self.tp * self.cp * self.pp
-        below, above = world_size // replica * replica, -(-world_size // replica) * replica
-        _require(
-            world_size % replica == 0,
-            f"parallel.tp={self.tp} · cp={self.cp} · pp={self.pp} needs a multiple of {replica} processes, not "
-            f"{world_size}: start {f'{below} or ' if below else ''}{above}",
-        )
-        return world_size // replica
-
-    def validate_model(self, model: ModelConfig) -> None:
-        """Check that the model can be cut this way.
-
-        Raises:
-            UserError: naming the degree, the size it does not divide, and the nearest degrees that do.
-        """
-        heads, kv_heads = model.num_attention_heads, model.kv_heads
-        _require_divides("tp", self.tp, heads, "model.num_attention_heads")
-        _require_divides("tp", self.tp, model.ffn_hidden_size, "model.ffn_hidden_size")
-        _require(
-            kv_heads % self.tp == 0 or self.tp % kv_heads == 0,
-            f"parallel.tp={self.tp} must divide model.num_key_value_heads={kv_heads} or be a multiple of it",
-        )
-        if self.cp_method == "ulysses":
-            local = max(1, kv_heads // self.tp)
-            _require_divides("cp", self.cp, local, "the key/value heads of a tensor-parallel rank")
-        _require(
-            self.pp <= model.num_layers,
-            f"parallel.pp={self.pp} must be at most model.num_layers={model.num_layers}: a stage needs a layer",
-        )
+        not_negative(self, "warmup", "decay")
+        require(0.0 <= self.min_ratio <= 1.0, f"schedule.min_ratio={self.min_ratio} must be in [0, 1]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -349,16 +259,16 @@ class TrainConfig:
     """Write a torch profiler trace of a few steps into the run directory."""
 
     def __post_init__(self) -> None:
-        _positive(self, "steps", "seq_length", "micro_batch_size", "global_batch_size")
-        _positive(self, "max_skipped_steps", "spike_sigma", "log_interval")
-        _not_negative(self, "rampup_start", "rampup_steps", "rampup_increment", "threads")
-        _require(
+        positive(self, "steps", "seq_length", "micro_batch_size", "global_batch_size")
+        positive(self, "max_skipped_steps", "spike_sigma", "log_interval")
+        not_negative(self, "rampup_start", "rampup_steps", "rampup_increment", "threads")
+        require(
             self.global_batch_size % self.micro_batch_size == 0,
             f"train.global_batch_size={self.global_batch_size} must be a multiple of "
             f"train.micro_batch_size={self.micro_batch_size}",
         )
         if self.rampup_start:
-            _require(
+            require(
                 self.rampup_start % self.micro_batch_size == 0
                 and self.ramp_increment % self.micro_batch_size == 0
                 and self.rampup_start <= self.global_batch_size,
@@ -366,7 +276,7 @@ class TrainConfig:
                 f"multiples of micro_batch_size={self.micro_batch_size} and start at most at "
                 f"global_batch_size={self.global_batch_size}",
             )
-            _positive(self, "rampup_steps")
+            positive(self, "rampup_steps")
 
     @property
     def ramp_increment(self) -> int:
@@ -399,7 +309,7 @@ class TrainConfig:
         if self.rampup_start:
             sizes |= {self.rampup_start, self.ramp_increment}
         for size in sorted(sizes):
-            _require(
+            require(
                 size % unit == 0,
                 f"{size} samples a step cannot be divided over dp={dp_size} processes with "
                 f"train.micro_batch_size={self.micro_batch_size}: use multiples of {unit}, "
@@ -427,9 +337,9 @@ class EvalConfig:
     """Texts the samples start from, in turn; the empty prompt starts a new document."""
 
     def __post_init__(self) -> None:
-        _not_negative(self, "interval", "samples", "temperature")
-        _positive(self, "max_tokens", "sample_tokens")
-        _require(0.0 <= self.overlap < 1.0, f"eval.overlap={self.overlap} must be in [0, 1)")
+        not_negative(self, "interval", "samples", "temperature")
+        positive(self, "max_tokens", "sample_tokens")
+        require(0.0 <= self.overlap < 1.0, f"eval.overlap={self.overlap} must be in [0, 1)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -444,7 +354,7 @@ class CheckpointConfig:
     """Write in the background while training goes on."""
 
     def __post_init__(self) -> None:
-        _not_negative(self, "interval", "keep_last")
+        not_negative(self, "interval", "keep_last")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -463,11 +373,12 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.train.seq_length <= self.model.max_position_embeddings,
             f"train.seq_length={self.train.seq_length} must be at most "
             f"model.max_position_embeddings={self.model.max_position_embeddings}",

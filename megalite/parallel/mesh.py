@@ -18,8 +18,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from megalite.config import ParallelConfig
 from megalite.errors import UserError
 
-AXES = ("pp", "dp", "cp", "tp")
-"""Outermost first: rank = ((pp * dp_size + dp) * cp_size + cp) * tp_size + tp."""
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+"""Outermost first: rank = ((pp * dp_size + dp) * cp_size + cp) * tp_size + tp, where dp counts shards of a replica
+before replicas."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +58,14 @@ class Mesh:
     """Ranks that hold different layers."""
     data: Axis = ALONE
     """dp and cp together: ranks with the same weights and different tokens; gradients are summed over them."""
+    shard: Axis = ALONE
+    """The part of `data` that divides optimizer state between its ranks (all of it by default)."""
+    replicate: Axis = ALONE
+    """The rest of `data`: ranks that hold the same part of the state."""
     model: Axis = ALONE
-    """pp and tp together: ranks that between them hold each weight; norms are summed over them."""
+    """pp and tp together: ranks that between them hold each weight."""
+    tied: Axis = ALONE
+    """First and last stage of a pipeline, which both hold a tied embedding; one process elsewhere."""
     world: Axis = ALONE
     """All ranks."""
     local_rank: int = 0
@@ -121,35 +128,62 @@ def mesh_of_group(
 ) -> Mesh:
     """The mesh over the processes of the default group, which is there already; all of them must call this."""
     world_size = dist.get_world_size()
-    sizes = {"pp": config.pp, "dp": config.dp_size(world_size), "cp": config.cp, "tp": config.tp}
-    devices = init_device_mesh(device.type, tuple(sizes[name] for name in AXES), mesh_dim_names=AXES)
+    dp = config.dp_size(world_size)
+    shard = config.dp_shard or dp
+    sizes = {
+        "pp": config.pp,
+        "dp_replicate": dp // shard,
+        "dp_shard": shard,
+        "cp": config.cp,
+        "tp": config.tp,
+    }
+    devices = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=AXES)
+
+    def axis(*names: str) -> Axis:
+        return _joined(devices, sizes, names)
+
     return Mesh(
         device=device,
-        **{name: _axis(devices[name]) for name in AXES},
-        data=_joined(devices, sizes, ("dp", "cp")),
-        model=_joined(devices, sizes, ("pp", "tp")),
+        tp=axis("tp"),
+        cp=axis("cp"),
+        dp=axis("dp_replicate", "dp_shard"),
+        pp=axis("pp"),
+        data=axis("dp_replicate", "dp_shard", "cp"),
+        shard=axis("dp_shard", "cp"),
+        replicate=axis("dp_replicate"),
+        model=axis("pp", "tp"),
+        tied=_ends_of(devices, config.pp),
         world=Axis(world_size, dist.get_rank(), dist.group.WORLD if world_size > 1 else None),
         local_rank=local_rank,
         local_size=local_size,
     )
 
 
-def _axis(devices: DeviceMesh) -> Axis:
-    if devices.size() == 1:
-        return ALONE
-    return Axis(devices.size(), devices.get_local_rank(), devices.get_group())
-
-
-def _joined(devices: DeviceMesh, sizes: dict[str, int], names: tuple[str, str]) -> Axis:
-    """Two axes as one; the second is the inner one."""
+def _joined(devices: DeviceMesh, sizes: dict[str, int], names: tuple[str, ...]) -> Axis:
+    """Several axes as one, the last the innermost; those of one process are left out."""
     long = [name for name in names if sizes[name] > 1]
-    if len(long) < 2:
-        return _axis(devices[long[0]]) if long else ALONE
-    outer, inner = names
-    ranks = devices.mesh.movedim((AXES.index(outer), AXES.index(inner)), (-2, -1)).flatten(-2).flatten(0, -2)
-    rank = devices.get_rank()
+    if not long:
+        return ALONE
+    if len(long) == 1:
+        axis = devices[long[0]]
+        return Axis(axis.size(), axis.get_local_rank(), axis.get_group())
+    dims = [AXES.index(name) for name in long]
+    ranks = devices.mesh.movedim(dims, list(range(-len(dims), 0))).flatten(-len(dims))
+    return _own_group(ranks.flatten(0, -2).tolist(), devices.get_rank())
+
+
+def _ends_of(devices: DeviceMesh, pp: int) -> Axis:
+    """The first and the last rank of the pipeline that this process is in."""
+    if pp == 1:
+        return ALONE
+    pipelines = devices.mesh.flatten(1).t()
+    return _own_group([[line[0], line[-1]] for line in pipelines.tolist()], devices.get_rank())
+
+
+def _own_group(groups: list[list[int]], rank: int) -> Axis:
+    """The one of several groups that a rank is in. Every process makes every group, in the same order."""
     found = ALONE
-    for members in ranks.tolist():  # every process makes every group, in the same order
+    for members in groups:
         group = dist.new_group(members)
         if rank in members:
             found = Axis(len(members), members.index(rank), group)

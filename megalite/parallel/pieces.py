@@ -8,6 +8,7 @@ of every parameter belongs to exactly one piece; vocabulary padding rows belong 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
@@ -57,6 +58,53 @@ class Piece:
     init: Init
     decay: bool
     """Weight decay applies: matrices and embeddings yes; norms and biases no."""
+    tied: bool = False
+    """Another pipeline stage holds a copy (tied embeddings): gradients are summed over the two."""
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A block of a canonical tensor that this process is responsible for."""
+
+    piece: Piece
+    offset: tuple[int, ...]
+    """Where the block starts in the whole tensor."""
+    tensor: Tensor
+    """Its values, of the block's shape: a view of the live state."""
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """The block's place in the whole tensor."""
+        return tuple(slice(o, o + n) for o, n in zip(self.offset, self.tensor.shape, strict=True))
+
+
+def boxes_of_range(piece: Piece, local_shape: tuple[int, ...], flat: Tensor, start: int) -> Iterator[Box]:
+    """The blocks that a run of a piece's elements, in memory order, consists of.
+
+    A run may begin and end inside a row: it is the rest of a row, whole rows and the beginning of a row.
+
+    Args:
+        piece: what the run is of.
+        local_shape: shape of the local part of the piece.
+        flat: [n] the elements.
+        start: number of the first of them within the local part.
+    """
+    end, width = start + flat.numel(), math.prod(local_shape[1:])
+    while start < end:
+        row, column = divmod(start, width)
+        shape: tuple[int, ...]
+        offset: tuple[int, ...]
+        if len(local_shape) == 1:
+            stop, shape, offset = end, (end - start,), (start,)
+        elif column == 0 and end - start >= width:
+            rows = (end - start) // width
+            stop, shape, offset = start + rows * width, (rows, *local_shape[1:]), (row, 0)
+        else:
+            stop = min(end, (row + 1) * width)
+            shape, offset = (1, stop - start), (row, column)
+        place = tuple(a + b for a, b in zip(piece.offset, offset, strict=True))
+        yield Box(piece, place, flat[: stop - start].view(shape))
+        flat, start = flat[stop - start :], stop
 
 
 @runtime_checkable

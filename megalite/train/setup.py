@@ -49,7 +49,7 @@ from megalite.train.trainer import Trainer
 from megalite_kernels.memory import keep_freed_pages
 
 FREE_TO_CHANGE = {
-    "": {"name", "run_dir", "preset", "parallel", "eval", "checkpoint"},
+    "": {"name", "run_dir", "preset", "parallel", "recompute", "eval", "checkpoint"},
     "train": {
         "steps", "micro_batch_size", "device", "threads", "log_interval", "profile", "max_skipped_steps", "init_from",
     },

@@ -83,5 +83,5 @@ def test_wrong_numbers_name_the_right_ones() -> None:
         ParallelConfig(tp=3).validate_model(
             ModelConfig(num_attention_heads=12, num_key_value_heads=4, hidden_size=96, ffn_hidden_size=240)
         )
-    with pytest.raises(UserError, match=r"pp=7 must be at most model.num_layers=6"):
+    with pytest.raises(UserError, match=r"pp=7 · 1 stages each = 7 must be at most model.num_layers=6"):
         ParallelConfig(pp=7).validate_model(model)

@@ -76,6 +76,17 @@ register_lazy(
 )
 
 
+def accumulate_weight_gradient(dy: Tensor, x: Tensor, main_grad: Tensor) -> None:
+    """`main_grad += dy.T @ x`, in place: what the backward pass of `linear(main_grad=...)` does.
+
+    Args:
+        dy: [T, O].
+        x: [T, I] like dy.
+        main_grad: [O, I] fp32, or like dy.
+    """
+    _accumulate_(dy, x, main_grad)
+
+
 class _MainGradLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor) -> Tensor:

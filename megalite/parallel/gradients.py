@@ -1,0 +1,83 @@
+"""Where the gradient of a weight matrix goes: into its fp32 main gradient, at once or when a pipeline has idle time.
+
+A layer's backward pass hands `add_weight_gradient` the two factors of the product dyᵀ · x. With a `GradientSink` on
+the parameter the product is accumulated straight into the main gradient (no bf16 gradient is ever written), and who
+reduces the gradient over data-parallel ranks hears of it. With a `WeightQueue` the product waits: zero-bubble
+pipeline schedules compute gradients of activations first, because the stage before needs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from megalite_kernels.ops.linear import accumulate_weight_gradient
+
+
+class WeightQueue:
+    """Products of one pipeline stage that wait for their turn."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Callable[[], None]] = []
+
+    def put(self, compute: Callable[[], None]) -> None:
+        """Add one product to those that wait."""
+        self._waiting.append(compute)
+
+    def take(self) -> Callable[[], None]:
+        """What computes, in order, everything put here so far (a micro-batch's W pass)."""
+        waiting, self._waiting = self._waiting, []
+
+        def run() -> None:
+            while waiting:
+                waiting.pop(0)()  # its factors are freed before the next product
+
+        return run
+
+
+class GradientSink:
+    """Takes the gradient of one weight matrix.
+
+    Args:
+        main_grad: [O, I] fp32 (or the weight's own wider type), accumulated in place.
+        added: called after each accumulation.
+    """
+
+    def __init__(self, main_grad: Tensor, added: Callable[[], None]) -> None:
+        self.main_grad = main_grad
+        self.added = added
+        self.queue: WeightQueue | None = None
+        """Set by a pipeline stage whose schedule has a W pass of its own."""
+
+    def add(self, dy: Tensor, x: Tensor) -> None:
+        """Accumulate dyᵀ · x for dy [T, O] and x [T, I], now or when the queue is emptied."""
+        if self.queue is None:
+            self._accumulate(dy, x)
+        else:
+            self.queue.put(lambda: self._accumulate(dy, x))
+
+    def _accumulate(self, dy: Tensor, x: Tensor) -> None:
+        with torch.no_grad():
+            accumulate_weight_gradient(dy, x, self.main_grad)
+        self.added()
+
+
+def set_sink(weight: nn.Parameter, sink: GradientSink | None) -> None:
+    """Give a parameter its sink, or take it away."""
+    weight.grad_sink = sink  # type: ignore[attr-defined]
+
+
+def get_sink(weight: Tensor) -> GradientSink | None:
+    """The parameter's sink, if it has one."""
+    return getattr(weight, "grad_sink", None)
+
+
+def add_weight_gradient(sink: GradientSink | None, dy: Tensor, x: Tensor) -> Tensor | None:
+    """dyᵀ · x for dy [..., O] and x [..., I]: into the sink (returns None), or returned where there is none."""
+    dy, x = dy.flatten(0, -2), x.flatten(0, -2)
+    if sink is None:
+        return dy.t() @ x
+    sink.add(dy, x)
+    return None
