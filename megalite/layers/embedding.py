@@ -22,6 +22,7 @@ class VocabParallelEmbedding(nn.Module):
         split: each rank holds an even part of the padded rows.
         padded_rows: rows of all ranks together; those beyond `vocab_size` stay zero and are in no file.
         std: standard deviation of the initial weights.
+        copy_of: canonical name of a matrix that another pipeline stage holds too (tied embeddings).
     """
 
     def __init__(
@@ -32,10 +33,12 @@ class VocabParallelEmbedding(nn.Module):
         *,
         padded_rows: int,
         std: float,
+        copy_of: str | None = None,
         **factory: Any,
     ) -> None:
         super().__init__()
         self.vocab_size = vocab_size
+        self.copy_of = copy_of
         self.split = split
         self.std = std
         rows = split.axis.shard(padded_rows)
@@ -46,10 +49,8 @@ class VocabParallelEmbedding(nn.Module):
     def declare_pieces(self, path: str) -> Iterator[tuple[str, Piece]]:
         shape = (self.vocab_size, self.weight.shape[1])
         offset, rows = (min(self.first_row, self.vocab_size), 0), (0, self.valid_rows)
-        yield (
-            "weight",
-            Piece(f"{path}.weight", shape, offset, rows, "sharded", Init.normal(self.std), decay=True),
-        )
+        name, tied, init = f"{self.copy_of or path}.weight", self.copy_of is not None, Init.normal(self.std)
+        yield "weight", Piece(name, shape, offset, rows, "sharded", init, decay=True, tied=tied)
 
     @property
     def rows(self) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -11,13 +10,12 @@ from torch import Tensor, nn
 import megalite_kernels as kernels
 from megalite.config import IGNORE_INDEX, ModelConfig
 from megalite.errors import UserError
-from megalite.layers.attention import Attention, Context
-from megalite.layers.block import Block
+from megalite.layers.attention import Context
 from megalite.layers.cache import LayerCache
 from megalite.layers.embedding import PositionEmbedding, VocabParallelEmbedding
-from megalite.layers.mlp import MLP, GatedMLP
 from megalite.layers.norm import NORMS
 from megalite.layers.rope import rope_frequencies, rope_tables, stretch_linear, stretch_llama3
+from megalite.models.blocks import Blocks, ModelPart, build_block
 from megalite.parallel.collectives import all_gather
 from megalite.parallel.context import ContextSplit
 from megalite.parallel.loss import vocab_parallel_losses
@@ -35,6 +33,7 @@ class Transformer(nn.Module):
     Args:
         config: shape and ingredients; `vocab_size` must be set.
         split: how the layers are cut over tensor-parallel ranks; the default cuts nothing.
+        part: which layers this process holds; the default is all of them.
         dtype: of the parameters and so of the computation; norms, softmax and loss accumulate in float32.
         device: where the parameters are; "meta" allocates nothing.
     """
@@ -44,6 +43,7 @@ class Transformer(nn.Module):
         config: ModelConfig,
         split: TensorSplit = UNSPLIT,
         *,
+        part: ModelPart | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
@@ -54,28 +54,49 @@ class Transformer(nn.Module):
                 "tokenizer set it"
             )
         factory: dict[str, Any] = {"dtype": dtype, "device": device}
-        hidden, std = config.hidden_size, config.init_std
-        padded = -(-config.padded_vocab_size // split.axis.size) * split.axis.size
-        vocabulary: dict[str, Any] = {"padded_rows": padded, "std": std}
         self.config = config
         self.split = split
-        self.embedding = VocabParallelEmbedding(config.vocab_size, hidden, split, **vocabulary, **factory)
+        self.part = part = part or ModelPart(tuple(range(config.num_layers)))
+        tied = config.tie_word_embeddings
+        copied = tied and part.embedding != part.head  # the other end of a pipeline has the same matrix
+        self.embedding = self._vocabulary(tied=copied, **factory) if part.embedding else None
         self.position_embedding = None
-        if config.position == "learned":
-            positions = config.max_position_embeddings
-            self.position_embedding = PositionEmbedding(positions, hidden, split, std=std, **factory)
-        self.layers = nn.ModuleList(
-            build_block(config, i, split, **factory) for i in range(config.num_layers)
+        if config.position == "learned" and part.embedding:
+            positions, std = config.max_position_embeddings, config.init_std
+            self.position_embedding = PositionEmbedding(
+                positions, config.hidden_size, split, std=std, **factory
+            )
+        self.layers = Blocks({i: build_block(config, i, split, **factory) for i in part.layers})
+        self.final_norm = self.head = None
+        if part.head:
+            self.final_norm = NORMS[config.norm](config.hidden_size, config.norm_eps, split, **factory)
+            if not tied or copied:
+                self.head = self._vocabulary(tied=copied, **factory)
+
+    def _vocabulary(self, *, tied: bool, **factory: Any) -> VocabParallelEmbedding:
+        config, tp = self.config, self.split.axis.size
+        padded = -(-config.padded_vocab_size // tp) * tp
+        return VocabParallelEmbedding(
+            config.vocab_size,
+            config.hidden_size,
+            self.split,
+            padded_rows=padded,
+            std=config.init_std,
+            copy_of="embedding" if tied else None,
+            **factory,
         )
-        self.final_norm = NORMS[config.norm](hidden, config.norm_eps, split, **factory)
-        self.head = None
-        if not config.tie_word_embeddings:
-            self.head = VocabParallelEmbedding(config.vocab_size, hidden, split, **vocabulary, **factory)
 
     @property
     def output(self) -> VocabParallelEmbedding:
         """What holds the output head's matrix: the embedding where the weights are tied."""
-        return self.embedding if self.head is None else self.head
+        output = self.embedding if self.head is None else self.head
+        assert output is not None, "this part of the model has no head"
+        return output
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
 
     def forward(
         self,
@@ -112,31 +133,73 @@ class Transformer(nn.Module):
         self._check_length(max_seqlen if packed else start + tokens.shape[-1])
         if positions is None:
             positions = _count_up(tokens, cu_seqlens, start)
-        split = self._token_split(tokens, cache)
+        where: dict[str, Any] = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "sequence": sequence}
+        return self.run(tokens, range(self.config.num_layers), positions=positions, cache=cache, **where)
+
+    def run(
+        self,
+        x: Tensor,
+        layers: range,
+        *,
+        positions: Tensor,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        sequence: ContextSplit | None = None,
+        cache: list[LayerCache] | None = None,
+    ) -> Tensor:
+        """Some consecutive layers: what one stage of a pipeline computes.
+
+        Args:
+            x: token ids [...] where `layers` begins with the first one, else the residual stream [..., H] as
+                the stage before returned it.
+            layers: numbers of the layers; this process holds them.
+            positions, cu_seqlens, max_seqlen, sequence: as in `forward`.
+            cache: of the layers that this process holds, in their order.
+
+        Returns:
+            [..., H]: final-normed after the last layer, else the residual stream.
+        """
+        packed = (cu_seqlens is not None or sequence is not None) and not cache
+        split = self._token_split(positions.shape[0] if packed else None)
+        if layers.start == 0:
+            x = self._embed(x, positions, split)
+        context = Context(self._rotary(positions, x.dtype), cu_seqlens, max_seqlen, sequence, split)
+        caches = dict(zip(self.part.layers, cache, strict=True)) if cache else {}
+        residual = None
+        for number in layers:
+            x, residual = self.layers[number](x, residual, context, caches.get(number))
+        if layers.stop < self.config.num_layers:
+            # One tensor travels to the next stage, not two: the sum that its first norm would make.
+            return x if residual is None else x + residual
+        assert self.final_norm is not None, "this part of the model has no head"
+        return self.final_norm(x, residual)[0]
+
+    def _embed(self, tokens: Tensor, positions: Tensor, split: TensorSplit) -> Tensor:
+        assert self.embedding is not None, "this part of the model has no embedding"
         x = self.embedding(tokens, split)
         if self.position_embedding is not None:
             x = x + self.position_embedding(own_tokens(positions, split))
-        context = Context(self._rotary(positions, x.dtype), cu_seqlens, max_seqlen, sequence, split)
-        residual = None
-        for i, layer in enumerate(self.layers):
-            x, residual = layer(x, residual, context, cache[i] if cache else None)
-        return self.final_norm(x, residual)[0]
+        return x
 
-    def _token_split(self, tokens: Tensor, cache: list[LayerCache] | None) -> TensorSplit:
-        """How this batch's tokens lie: those that cannot be split evenly stay whole where no gradient is needed."""
+    def _token_split(self, tokens: int | None) -> TensorSplit:
+        """How the activations lie of a packed batch of so many tokens, or (None) of an unpacked one or with a cache.
+
+        Those that cannot be split evenly stay whole where no gradient is needed.
+        """
         split = self.split
-        if not split.sequence or (tokens.dim() == 1 and tokens.shape[0] % split.axis.size == 0 and not cache):
+        if not split.sequence or (tokens is not None and tokens % split.axis.size == 0):
             return split
         if torch.is_grad_enabled():
             raise ValueError(
                 f"sequence parallelism trains on packed tokens [T] with T a multiple of tp={split.axis.size}, "
-                f"not on {list(tokens.shape)}: pack them, or set parallel.sequence_parallel=false"
+                f"not on {f'{tokens} tokens' if tokens else '[B, S]'}: pack them, or set "
+                "parallel.sequence_parallel=false"
             )
         return split.whole_tokens()
 
     def _check_length(self, length: int | None) -> None:
         limit = self.config.max_position_embeddings
-        if self.position_embedding is not None and length is not None and length > limit:
+        if self.config.position == "learned" and length is not None and length > limit:
             raise ValueError(
                 f"{length} tokens in a row need more than the {limit} learned positions: shorten them, or "
                 "raise model.max_position_embeddings"
@@ -198,7 +261,12 @@ class Transformer(nn.Module):
         return self._losses(tokens, labels, "none", **where)
 
     def _losses(self, tokens: Tensor, labels: Tensor, reduction: str, **where: Any) -> Tensor:
-        hidden, labels = self(tokens, **where).flatten(0, -2), labels.flatten()
+        return self.hidden_losses(self(tokens, **where), labels, reduction)
+
+    def hidden_losses(self, hidden: Tensor, labels: Tensor, reduction: str) -> Tensor:
+        """Cross-entropies (nats) of final hidden states [..., H]: their sum ("sum") or all of them ("none", [T])."""
+        packed = labels.dim() == 1
+        hidden, labels = hidden.flatten(0, -2), labels.flatten()
         output = self.output
         if self.split.axis.group is None:
             return kernels.linear_cross_entropy(
@@ -213,7 +281,7 @@ class Transformer(nn.Module):
             hidden,
             output.weight,
             labels,
-            self._token_split(tokens, None),
+            self._token_split(labels.shape[0] if packed else None),
             first_row=output.first_row,
             valid_rows=output.valid_rows,
             vocab_size=self.config.vocab_size,
@@ -221,47 +289,16 @@ class Transformer(nn.Module):
         )
         return losses if reduction == "none" else losses.sum()
 
+    def next_logits(self, tokens: Tensor, cache: list[LayerCache] | None) -> Tensor:
+        """Logits [V] of what follows `tokens` [1, S]."""
+        return self.logits(self(tokens, cache=cache)[0, -1])
+
     def new_cache(self, batch_size: int, capacity: int) -> list[LayerCache]:
         """An empty key/value cache for `capacity` tokens of each of `batch_size` sequences."""
-        config, weight = self.config, self.embedding.weight
+        config, weight = self.config, next(self.parameters())
         heads = max(1, config.kv_heads // self.split.axis.size)
         shape = (batch_size, capacity, heads, config.size_per_head)
-        return [LayerCache(*shape, dtype=weight.dtype, device=weight.device) for _ in self.layers]
-
-
-def build_block(config: ModelConfig, layer: int, split: TensorSplit, **factory: Any) -> Block:
-    """Block number `layer` of the model that `config` describes."""
-    hidden, std = config.hidden_size, config.init_std
-    # Each block adds two branches to the residual stream; scaled down, the stream's variance at the top
-    # does not grow with depth (GPT-2).
-    output_std = std / math.sqrt(2 * config.num_layers)
-    norm = NORMS[config.norm]
-    attention = Attention(
-        hidden,
-        split,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.kv_heads,
-        head_dim=config.size_per_head,
-        window=config.window_of_layer(layer),
-        qkv_bias=config.qkv_bias,
-        output_bias=config.output_bias,
-        qk_norm_eps=config.norm_eps if config.qk_norm else None,
-        std=std,
-        output_std=output_std,
-        **factory,
-    )
-    mlp = (GatedMLP if config.gated else MLP)(
-        hidden,
-        config.ffn_hidden_size,
-        split,
-        activation=config.activation,
-        bias=config.mlp_bias,
-        std=std,
-        down_std=output_std,
-        **factory,
-    )
-    eps = config.norm_eps
-    return Block(norm(hidden, eps, split, **factory), attention, norm(hidden, eps, split, **factory), mlp)
+        return [LayerCache(*shape, dtype=weight.dtype, device=weight.device) for _ in self.part.layers]
 
 
 def _frequencies(config: ModelConfig, device: torch.device) -> Tensor:

@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from megalite.config import ModelConfig
 from megalite.errors import UserError
-from megalite.models.transformer import Transformer
+from megalite.layers.cache import LayerCache
+
+
+class LanguageModel(Protocol):
+    """What generation needs of a model: `Transformer`, or one whose layers several processes hold."""
+
+    config: ModelConfig
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        ...
+
+    def new_cache(self, batch_size: int, capacity: int) -> list[LayerCache]:
+        """An empty key/value cache."""
+        ...
+
+    def next_logits(self, tokens: Tensor, cache: list[LayerCache] | None) -> Tensor:
+        """Logits [V] of what follows `tokens` [1, S]."""
+        ...
 
 
 @torch.no_grad()
 def generate(
-    model: Transformer,
+    model: LanguageModel,
     prompt_ids: Sequence[int],
     *,
     max_new_tokens: int,
@@ -45,15 +66,14 @@ def generate(
     """
     _check_prompt(model, prompt_ids, max_new_tokens)
     check_sampling(temperature, top_k, top_p)
-    device = model.embedding.weight.device
+    device = model.device
     generator = torch.Generator().manual_seed(seed)
     cache = model.new_cache(1, len(prompt_ids) + max_new_tokens) if use_cache else None
     ids = list(prompt_ids)
     pending = ids
     for _ in range(max_new_tokens):
         tokens = torch.tensor([pending if use_cache else ids], device=device)
-        hidden = model(tokens, cache=cache)[0, -1]
-        token = sample_token(model.logits(hidden), temperature, top_k, top_p, generator)
+        token = sample_token(model.next_logits(tokens, cache), temperature, top_k, top_p, generator)
         if token == eod_id:
             break
         ids.append(token)
@@ -94,7 +114,7 @@ def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
         raise UserError(f"top_p={top_p} must be in (0, 1]; 1 samples from all tokens")
 
 
-def _check_prompt(model: Transformer, prompt_ids: Sequence[int], max_new_tokens: int) -> None:
+def _check_prompt(model: LanguageModel, prompt_ids: Sequence[int], max_new_tokens: int) -> None:
     if not prompt_ids:
         raise UserError("the prompt is empty: start a new document with the end-of-document token")
     if max_new_tokens < 0:
