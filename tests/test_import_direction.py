@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "config_parallel": {"config", "config_checks"},  # the model's shape, for type checkers only
     "config_checks": set(),
     "config_values": set(),
-    "parallel": {"config"},
+    "parallel": {"config", "config_parallel"},
     "layers": {"parallel", "config"},
     "models": {"layers", "parallel", "config"},
     "optim": {"parallel", "config"},
