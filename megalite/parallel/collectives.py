@@ -25,6 +25,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 def all_reduce_sum(tensor: Tensor, axis: Axis) -> Tensor:
     """Sum `tensor` over the axis, in place; returns it."""
     if axis.group is not None:
+        axis.note("all_reduce")
         dist.all_reduce(tensor, group=axis.group)
     return tensor
 
@@ -32,13 +33,17 @@ def all_reduce_sum(tensor: Tensor, axis: Axis) -> Tensor:
 def all_reduce_max(tensor: Tensor, axis: Axis) -> Tensor:
     """Maximum of `tensor` over the axis, in place; returns it."""
     if axis.group is not None:
+        axis.note("all_reduce")
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=axis.group)
     return tensor
 
 
 def start_all_reduce(tensor: Tensor, axis: Axis) -> Work:
     """As `all_reduce_sum`, not waited for."""
-    return None if axis.group is None else dist.all_reduce(tensor, group=axis.group, async_op=True)
+    if axis.group is None:
+        return None
+    axis.note("all_reduce")
+    return dist.all_reduce(tensor, group=axis.group, async_op=True)
 
 
 def start_all_gather(shard: Tensor, axis: Axis) -> tuple[Tensor, Work]:
@@ -47,6 +52,7 @@ def start_all_gather(shard: Tensor, axis: Axis) -> tuple[Tensor, Work]:
         return shard, None
     shard = shard.contiguous()
     whole = shard.new_empty((axis.size * shard.shape[0], *shard.shape[1:]))
+    axis.note("all_gather")
     return whole, _all_gather(whole, shard, group=axis.group, async_op=True)
 
 
@@ -56,6 +62,7 @@ def start_reduce_scatter(whole: Tensor, axis: Axis) -> tuple[Tensor, Work]:
         return whole, None
     assert whole.shape[0] % axis.size == 0, f"{whole.shape[0]} rows over {axis.size} ranks"
     shard = whole.new_empty((whole.shape[0] // axis.size, *whole.shape[1:]))
+    axis.note("reduce_scatter")
     return shard, _reduce_scatter(shard, whole.contiguous(), group=axis.group, async_op=True)
 
 
@@ -82,6 +89,7 @@ def reduce_scatter(whole: Tensor, axis: Axis) -> Tensor:
 def start_ring_shift(tensor: Tensor, axis: Axis) -> tuple[Tensor, list[dist.Work]]:
     """Send to the next rank and receive from the one before, not waited for: (received, what to wait for)."""
     received = torch.empty_like(tensor)
+    axis.note("ring_shift")
     after, before = (axis.rank + 1) % axis.size, (axis.rank - 1) % axis.size
     return received, dist.batch_isend_irecv(
         [
@@ -96,6 +104,7 @@ def all_to_all(x: Tensor, axis: Axis) -> Tensor:
     if axis.group is None:
         return x
     received = torch.empty_like(x)
+    axis.note("all_to_all")
     dist.all_to_all_single(received, x, group=axis.group)
     return received
 
@@ -103,6 +112,7 @@ def all_to_all(x: Tensor, axis: Axis) -> Tensor:
 def broadcast(tensor: Tensor, axis: Axis, source: int = 0) -> Tensor:
     """Overwrite `tensor` with that of rank `source` of the axis; returns it."""
     if axis.group is not None:
+        axis.note("broadcast")
         dist.broadcast(tensor, group_src=source, group=axis.group)
     return tensor
 
@@ -112,6 +122,7 @@ def broadcast_object(value: Any, axis: Axis, source: int = 0) -> Any:
     if axis.group is None:
         return value
     box = [value]
+    axis.note("broadcast")
     dist.broadcast_object_list(box, group_src=source, group=axis.group)
     return box[0]
 
@@ -121,6 +132,7 @@ def gather_objects(value: Any, axis: Axis) -> list[Any]:
     if axis.group is None:
         return [value]
     values: list[Any] = [None] * axis.size
+    axis.note("all_gather")
     dist.all_gather_object(values, value, group=axis.group)
     return values
 
@@ -128,6 +140,7 @@ def gather_objects(value: Any, axis: Axis) -> list[Any]:
 def barrier(axis: Axis) -> None:
     """Wait for all ranks of the axis."""
     if axis.group is not None:
+        axis.note("barrier")
         dist.barrier(group=axis.group)
 
 

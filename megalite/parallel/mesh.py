@@ -7,9 +7,11 @@ that concerns it. Ranks are laid out with tp innermost, then cp, dp and pp, so t
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megalite.config import ParallelConfig
 from megalite.errors import UserError
+from megalite.parallel.calls import CallRecord
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """Outermost first: rank = ((pp * dp_size + dp) * cp_size + cp) * tp_size + tp, where dp counts shards of a replica
@@ -31,6 +34,13 @@ class Axis:
     rank: int = 0
     group: dist.ProcessGroup | None = None
     """None where the axis has a single process: collectives over it are no-ops."""
+    name: str = field(default="a group", compare=False)
+    calls: CallRecord | None = field(default=None, compare=False, repr=False)
+
+    def note(self, kind: str) -> None:
+        """Record that a collective over this axis is about to start, for the message if it never ends."""
+        if self.calls is not None:
+            self.calls.enter(kind, self.name)
 
     def shard(self, total: int) -> slice:
         """This rank's part of `total` rows, which the axis divides evenly."""
@@ -70,6 +80,8 @@ class Mesh:
     """All ranks."""
     local_rank: int = 0
     local_size: int = 1
+    calls: CallRecord = field(default_factory=CallRecord, compare=False, repr=False)
+    """The last collective over any of the axes."""
 
     @property
     def rank(self) -> int:
@@ -142,7 +154,7 @@ def mesh_of_group(
     def axis(*names: str) -> Axis:
         return _joined(devices, sizes, names)
 
-    return Mesh(
+    mesh = Mesh(
         device=device,
         tp=axis("tp"),
         cp=axis("cp"),
@@ -157,6 +169,17 @@ def mesh_of_group(
         local_rank=local_rank,
         local_size=local_size,
     )
+    return _recorded(mesh)
+
+
+def _recorded(mesh: Mesh) -> Mesh:
+    """The mesh with every axis named and writing to the mesh's record of collectives."""
+    axes: dict[str, Any] = {
+        f.name: dataclasses.replace(axis, name=f.name, calls=mesh.calls)
+        for f in dataclasses.fields(mesh)
+        if isinstance(axis := getattr(mesh, f.name), Axis) and axis.group is not None
+    }
+    return dataclasses.replace(mesh, **axes)
 
 
 def _joined(devices: DeviceMesh, sizes: dict[str, int], names: tuple[str, ...]) -> Axis:
