@@ -1,4 +1,4 @@
-"""AdamW over flat buffers: one fused pass per weight-decay group."""
+"""AdamW: one fused pass over each shard of the optimizer state."""
 
 from __future__ import annotations
 
@@ -6,27 +6,35 @@ import torch
 from torch import Tensor
 
 from megalite.config import OptimizerConfig
-from megalite.parallel.data import FlatBuffers, FlatGroup
+from megalite.parallel.collectives import all_reduce_sum
+from megalite.parallel.mesh import ALONE, Axis
+from megalite.parallel.state import ModelState
 from megalite_kernels import adamw_
 
 
 class AdamW:
-    """Adam with decoupled weight decay (arXiv 1711.05101) on `FlatBuffers`.
+    """Adam with decoupled weight decay (arXiv 1711.05101) on a `ModelState` whose masters are fp32.
 
     The step counter, the learning rate, the clipping factor and the skip flag are device scalars: a skipped
     step changes neither weights, moments nor the counter, and nothing waits for the host.
+
+    Args:
+        state: what is updated; each process updates its own shards.
+        config: coefficients.
+        world: all processes that hold parts of the model.
     """
 
-    def __init__(self, buffers: FlatBuffers, config: OptimizerConfig) -> None:
-        self.buffers = buffers
+    def __init__(self, state: ModelState, config: OptimizerConfig, world: Axis = ALONE) -> None:
+        self.state = state
         self.config = config
-        device = buffers.groups[0].weights.device
+        self.world = world
+        device = state.optimizer_shards()[0].weights.device
         self.step_count = torch.zeros((), dtype=torch.float32, device=device)
         """Updates applied so far (skipped steps not counted): fp32 scalar, exact up to 2^24."""
 
     @torch.no_grad()
     def step(self, learning_rate: Tensor, clip_coefficient: Tensor, skip: Tensor) -> None:
-        """Apply one update from the main gradients.
+        """Apply one update from the main gradients; `ModelState.publish` brings it to the other ranks.
 
         Args:
             learning_rate: fp32 scalar on the device.
@@ -34,18 +42,18 @@ class AdamW:
             skip: bool scalar; True leaves everything as it is.
         """
         self.step_count += (~skip).float()
-        for group in self.buffers.groups:
+        for shard in self.state.optimizer_shards():
             adamw_(
-                group.weights,
-                group.master,
-                group.exp_avg,
-                group.exp_avg_sq,
-                group.main_grad,
+                shard.weights,
+                shard.master,
+                shard.exp_avg,
+                shard.exp_avg_sq,
+                shard.main_grad,
                 lr=learning_rate,
                 beta1=self.config.beta1,
                 beta2=self.config.beta2,
                 eps=self.config.eps,
-                weight_decay=self.config.weight_decay if group.decay else 0.0,
+                weight_decay=self.config.weight_decay if shard.decay else 0.0,
                 step=self.step_count,
                 clip_coefficient=clip_coefficient,
                 skip=skip,
@@ -56,23 +64,25 @@ class AdamW:
         """Size of the last update relative to the weights, and the weights' norm, over decayed parameters.
 
         Recomputed from the moments (weight decay left out), so it costs nothing on the steps that do not ask.
+        Every element of the model counts once, wherever it is: all processes must call this, and get the same.
         Waits for the device. A healthy pre-training run is near 1e-3.
         """
-        beta1, beta2, eps = self.config.beta1, self.config.beta2, self.config.eps
         steps = max(1.0, self.step_count.item())
-        update_squares = weight_squares = 0.0
-        for group in (g for g in self.buffers.groups if g.decay):
-            update_squares += _update_square(group, steps, beta1, beta2, eps)
-            weight_squares += float(torch.linalg.vector_norm(group.master)) ** 2
-        weight_norm = weight_squares**0.5
-        return learning_rate * update_squares**0.5 / max(weight_norm, 1e-30), weight_norm
+        squares = torch.zeros(2, dtype=torch.float64, device=self.step_count.device)
+        kinds = (self.state.boxes(kind) for kind in ("exp_avg", "exp_avg_sq", "master"))
+        for copies, *boxes in zip(self.state.box_copies(), *kinds, strict=True):
+            if boxes[0].piece.decay:
+                first, second, master = (box.tensor.flatten() for box in boxes)
+                squares[0] += self._update_square(first, second, steps) / copies
+                squares[1] += torch.linalg.vector_norm(master).double().square() / copies
+        update, weight = all_reduce_sum(squares, self.world).sqrt().tolist()
+        return learning_rate * update / max(weight, 1e-30), weight
 
-
-def _update_square(group: FlatGroup, steps: float, beta1: float, beta2: float, eps: float) -> float:
-    """Sum of squares of Adam's direction, in chunks so that no full-sized temporary is made."""
-    total = 0.0
-    first, second = 1.0 - beta1**steps, 1.0 - beta2**steps
-    for m, v in zip(group.exp_avg.split(1 << 20), group.exp_avg_sq.split(1 << 20), strict=True):
-        direction = (m / first) / ((v / second).sqrt() + eps)
-        total += float(torch.dot(direction, direction))
-    return total
+    def _update_square(self, exp_avg: Tensor, exp_avg_sq: Tensor, steps: float) -> Tensor:
+        """Sum of squares of Adam's direction, in chunks so that no full-sized temporary is made."""
+        first, second = 1.0 - self.config.beta1**steps, 1.0 - self.config.beta2**steps
+        total = torch.zeros((), dtype=torch.float64, device=exp_avg.device)
+        for m, v in zip(exp_avg.split(1 << 20), exp_avg_sq.split(1 << 20), strict=True):
+            direction = (m / first) / ((v / second).sqrt() + self.config.eps)
+            total += torch.dot(direction, direction)
+        return total

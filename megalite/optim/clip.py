@@ -1,14 +1,9 @@
-"""Global gradient norm and the clipping coefficient, without a host synchronisation."""
+"""The clipping coefficient, without a host synchronisation; the norm is in `megalite.parallel.partial`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-
-def parameter_norms(grads: list[Tensor]) -> Tensor:
-    """L2 norm of each gradient: fp32 [number of parameters]. One launch on GPUs."""
-    return torch.stack(torch._foreach_norm(grads))
 
 
 def clip_coefficient(grad_norm: Tensor, max_norm: float) -> Tensor:

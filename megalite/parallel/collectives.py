@@ -66,6 +66,19 @@ def start_reduce_scatter(whole: Tensor, axis: Axis) -> tuple[Tensor, Work]:
     return shard, _reduce_scatter(shard, whole.contiguous(), group=axis.group, async_op=True)
 
 
+def start_all_gather_into(whole: Tensor, shard: Tensor, axis: Axis) -> Work:
+    """Fill `whole` [n · s] with the shards [s] of all ranks, not waited for; `shard` may be this rank's part of it."""
+    return None if axis.group is None else _all_gather(whole, shard, group=axis.group, async_op=True)
+
+
+def start_reduce_scatter_into(shard: Tensor, whole: Tensor, axis: Axis) -> Work:
+    """Fill `shard` [s] with this rank's part of the sum of all ranks' `whole` [n · s], not waited for.
+
+    `shard` may be that part of `whole` itself. On an axis of one process it must be: nothing is copied.
+    """
+    return None if axis.group is None else _reduce_scatter(shard, whole, group=axis.group, async_op=True)
+
+
 def wait(work: Work) -> None:
     """Until a started collective is done."""
     if work is not None:

@@ -1,183 +1,165 @@
-"""Flat buffers: parameters, main gradients, masters and moments, each one contiguous tensor per group.
+"""Plain data parallelism and ZeRO-1 on flat buffers (`megalite.parallel.buckets`).
 
-Layout (Megatron's): parameters stand in reverse registration order, because the backward pass finishes them
-in that order; each start is aligned to 64 elements (256 bytes of fp32); the end is padded to a multiple of
-lcm(dp, 128) so that equal slices per rank stay aligned. Every parameter becomes a view of its group's
-buffer. What data parallelism reduces and the optimizer updates is the buffer, in one launch; the padding
-stays zero. With dp = 1 this is the whole story; sharding the same buffers over dp is ZeRO-1.
+Every parameter becomes a view of its group's buffer. What data parallelism reduces is a bucket of it, in place: each
+rank gets the sum of the slice that it owns. The optimizer updates the owned slices, and gathering the buckets brings
+the new weights to all ranks. With ZeRO-1 the masters and moments exist for owned slices only; with zero=0 every rank
+owns everything, gradients are all-reduced, and nothing is gathered.
 
-Weights exist twice when the compute type is not fp32: a low-precision copy that the model uses, and the
-fp32 master that the optimizer updates. In fp32 the two are the same tensor.
+Weights exist twice when the compute type is not fp32: a low-precision copy that the model uses, and the fp32 master
+that the optimizer updates. In fp32 the two are the same tensor. Bytes per parameter with n ranks sharding: fp32
+8 + 8 / n, bf16 6 + 12 / n.
+
+Source: Rajbhandari et al., "ZeRO", arXiv 1910.02054 (stage 1).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from megalite.parallel.collectives import all_reduce_sum
-from megalite.parallel.mesh import Axis
-from megalite.parallel.pieces import Piece, iter_pieces
-
-ALIGNMENT = 64
-PADDING = 128
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """Where one parameter stands in its group's buffers."""
-
-    name: str
-    parameter: nn.Parameter
-    start: int
-    shape: torch.Size
-
-    def view(self, buffer: Tensor) -> Tensor:
-        """This parameter's part of a flat buffer, in the parameter's shape."""
-        return buffer[self.start : self.start + math.prod(self.shape)].view(self.shape)
-
-
-@dataclass(slots=True)
-class FlatGroup:
-    """Parameters with one weight-decay rule, and everything the optimizer keeps for them."""
-
-    decay: bool
-    slots: list[Slot]
-    weights: Tensor
-    """Compute-type parameters; the model's parameters are views of it."""
-    master: Tensor
-    """fp32 weights; the same tensor as `weights` in fp32."""
-    main_grad: Tensor
-    """fp32 gradients, summed over micro-batches and ranks."""
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    grad_views: list[Tensor]
-    """One view of `main_grad` per slot, in slot order."""
+from megalite.config import ParallelConfig
+from megalite.parallel.buckets import Bucket, Slot, make_group, plan_slots
+from megalite.parallel.collectives import (
+    start_all_gather_into,
+    start_all_reduce,
+    start_reduce_scatter_into,
+    wait,
+)
+from megalite.parallel.gradients import GradientSink, set_sink
+from megalite.parallel.mesh import ALONE, Mesh
+from megalite.parallel.partial import box_copies, sum_partial
+from megalite.parallel.pieces import Box, Piece
+from megalite.parallel.state import Kind, OptimizerShard
 
 
 class FlatBuffers:
-    """All parameters of a model, moved into flat groups.
+    """All parameters of a model, moved into flat buffers: a `ModelState`.
 
     Args:
-        model: fp32 parameters on one device. They become views of the new buffers, in `dtype`.
-        dp: data-parallel axis; decides the padding and sums the gradients.
-        dtype: compute type of the weights; the masters keep the fp32 values.
-
-    Saved: per parameter 12 bytes in fp32 (weight, gradient, two moments: 16) and 18 in bf16.
+        model: parameters on one device, in fp32 (or wider). They become views of the new buffers, in `dtype`.
+        mesh: gradients are summed over `data`; `shard` divides the state with `parallel.zero` = 1.
+        dtype: compute type of the weights; the masters keep the values given.
+        parallel: zero (0 or 1), bucket_size and grad_reduce_dtype.
     """
 
-    def __init__(self, model: nn.Module, dp: Axis, dtype: torch.dtype = torch.float32) -> None:
-        self.dp = dp
-        self.pieces: list[tuple[Slot, FlatGroup, Piece]] = []
-        decays = _decay_by_parameter(iter_pieces(model))
-        named = [(name, p) for name, p in model.named_parameters()]
-        self.groups = [
-            _make_group([(n, p) for n, p in named if decays[n] is decay], decay, dp.size, dtype)
-            for decay in (True, False)
-        ]
-        self.groups = [group for group in self.groups if group.slots]
-        by_name = {slot.name: (slot, group) for group in self.groups for slot in group.slots}
-        for _, name, piece in iter_pieces(model):
-            slot, group = by_name[name]
-            self.pieces.append((slot, group, piece))
-        self._grad_pieces = list(self.piece_tensors("main_grad"))
-        self._hooks = [self._accumulate_into_main_grad(group) for group in self.groups]
+    def __init__(self, model: nn.Module, mesh: Mesh, dtype: torch.dtype, parallel: ParallelConfig) -> None:
+        assert parallel.zero in (0, 1), f"zero={parallel.zero} is not for flat buffers"
+        self.mesh = mesh
+        divided = parallel.zero == 1
+        self.shard = mesh.shard if divided else ALONE
+        self.replicate = mesh.replicate if divided else mesh.data
+        plans = [plan_slots(model, decay, parallel.bucket_size) for decay in (True, False)]
+        self.groups = [make_group(plan, dtype, self.shard, mesh.data.size) for plan in plans if plan]
+        # One order for all ranks, about that in which the backward pass completes buckets: each waits for the
+        # parameter that was registered first in it.
+        buckets = [bucket for group in self.groups for bucket in group.buckets]
+        self.buckets = sorted(buckets, key=lambda bucket: -bucket.slots[-1].number)
+        in_model_order = sorted(self._slots(), key=lambda pair: pair[1].number)
+        self._boxes: dict[Kind, list[Box]] = {
+            kind: [box for bucket, slot in in_model_order for box in bucket.boxes(slot, kind)]
+            for kind in ("master", "exp_avg", "exp_avg_sq", "main_grad")
+        }
+        self._copies = box_copies(self._boxes["main_grad"], mesh, self.replicate.size)
+        self._finite = torch.ones((), dtype=torch.bool, device=mesh.device)
+        self._hooks = [self._catch_gradient(bucket, slot) for bucket, slot in self._slots()]
 
-    def _accumulate_into_main_grad(self, group: FlatGroup) -> list[object]:
-        """Make backward add into the flat fp32 gradients, whatever the compute type."""
-        if group.weights.dtype == torch.float32:
-            for slot, grad in zip(group.slots, group.grad_views, strict=True):
-                slot.parameter.grad = grad  # autograd accumulates in place into a gradient that is there
-            return []
+    def _slots(self) -> Iterator[tuple[Bucket, Slot]]:
+        for bucket in self.buckets:
+            for slot in bucket.slots:
+                yield bucket, slot
 
-        def hook_for(grad: Tensor) -> Callable[[Tensor], None]:
-            def add(parameter: Tensor) -> None:
-                assert parameter.grad is not None
-                grad.add_(parameter.grad)
+    def _catch_gradient(self, bucket: Bucket, slot: Slot) -> torch.utils.hooks.RemovableHandle:
+        """Add a parameter's gradients to its main gradient, whichever way they come.
+
+        A layer that knows sinks accumulates a matrix's gradient itself, and autograd then has none for it.
+        """
+        main_grad = slot.view(bucket.main_grad)
+        if slot.parameter.dim() == 2:
+            set_sink(slot.parameter, GradientSink(main_grad, lambda: None))
+
+        def add(parameter: Tensor) -> None:
+            if parameter.grad is not None:
+                main_grad.add_(parameter.grad)
                 parameter.grad = None
 
-            return add
+        return slot.parameter.register_post_accumulate_grad_hook(add)
 
-        pairs = zip(group.slots, group.grad_views, strict=True)
-        return [slot.parameter.register_post_accumulate_grad_hook(hook_for(grad)) for slot, grad in pairs]
-
-    def zero_grad(self) -> None:
-        """Clear the main gradients."""
+    def start_step(self, num_microbatches: int) -> None:
+        """See `ModelState`."""
         for group in self.groups:
             group.main_grad.zero_()
 
+    @torch.no_grad()
+    def finish_gradients(self) -> None:
+        """See `ModelState`."""
+        finite = [torch.isfinite(bucket.main_grad.sum()) for bucket in self.buckets]
+        self._finite = torch.stack(finite).all()
+        for bucket in self.buckets:
+            wait(start_reduce_scatter_into(bucket.main_grad[bucket.own], bucket.main_grad, self.shard))
+            wait(start_all_reduce(bucket.main_grad[bucket.own], self.replicate))
+        sum_partial(self._boxes["main_grad"], self.mesh.tp)
+        for bucket in self.buckets:
+            if bucket.tied:
+                wait(start_all_reduce(bucket.main_grad[bucket.own], self.mesh.tied))
+
+    def local_finite(self) -> Tensor:
+        """See `ModelState`; of the step whose gradients were finished last."""
+        return self._finite
+
+    def optimizer_shards(self) -> list[OptimizerShard]:
+        """See `ModelState`: one for each bucket."""
+        return [bucket.shard() for bucket in self.buckets]
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """See `ModelState`."""
+        works = [
+            start_all_gather_into(bucket.weights, bucket.weights[bucket.own], self.shard)
+            for bucket in reversed(self.buckets)
+        ]
+        for work in works:
+            wait(work)
+
+    def boxes(self, kind: Kind) -> list[Box]:
+        """See `ModelState`."""
+        return self._boxes[kind]
+
+    def box_copies(self) -> list[int]:
+        """See `ModelState`."""
+        return self._copies
+
     def zero_state(self) -> None:
-        """Clear masters and moments, the padding between and inside parameters included."""
-        for group in self.groups:
-            for tensor in (group.master, group.exp_avg, group.exp_avg_sq):
+        """See `ModelState`."""
+        for bucket in self.buckets:
+            for tensor in (bucket.master, bucket.exp_avg, bucket.exp_avg_sq):
                 tensor.zero_()
 
-    def reduce_gradients(self) -> None:
-        """Sum the main gradients over the data-parallel axis."""
-        for group in self.groups:
-            all_reduce_sum(group.main_grad, self.dp)
-
+    @torch.no_grad()
     def copy_master_to_weights(self) -> None:
-        """Set the model's weights from the fp32 masters, rounding once (no-op in fp32)."""
-        for group in self.groups:
-            group.weights.copy_(group.master)
+        """See `ModelState`."""
+        for bucket in self.buckets:
+            bucket.weights[bucket.own].copy_(bucket.master)
+        self.publish()
+
+    def release(self) -> None:
+        """See `ModelState`."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for _, slot in self._slots():
+            set_sink(slot.parameter, None)
 
     def grad_views(self) -> list[Tensor]:
         """Main gradient of every parameter, in the order of `names`."""
-        return [view for group in self.groups for view in group.grad_views]
+        return [slot.view(bucket.main_grad) for bucket, slot in self._slots()]
 
     def names(self) -> list[str]:
         """Parameter names in the order of `grad_views`."""
-        return [slot.name for group in self.groups for slot in group.slots]
+        return [slot.name for _, slot in self._slots()]
 
-    def grad_pieces(self) -> list[tuple[Piece, Tensor]]:
-        """Main gradient of every piece; each element of every parameter is in one of them."""
-        return self._grad_pieces
-
-    def piece_tensors(self, kind: str) -> Iterator[tuple[Piece, Tensor]]:
-        """Each piece with its view of one kind of state: master, exp_avg, exp_avg_sq or main_grad."""
-        for slot, group, piece in self.pieces:
-            yield piece, slot.view(getattr(group, kind))[piece.rows[0] : piece.rows[1]]
-
-    def release(self) -> None:
-        """Remove the gradient hooks."""
-        for hooks in self._hooks:
-            for hook in hooks:
-                hook.remove()  # type: ignore[attr-defined]
-        self._hooks = []
-
-
-def _decay_by_parameter(pieces: Iterable[tuple[nn.Parameter, str, Piece]]) -> dict[str, bool]:
-    decays: dict[str, bool] = {}
-    for _, name, piece in pieces:
-        assert decays.setdefault(name, piece.decay) is piece.decay, f"pieces of {name} differ in decay"
-    return decays
-
-
-def _make_group(
-    named: list[tuple[str, nn.Parameter]], decay: bool, dp_size: int, dtype: torch.dtype
-) -> FlatGroup:
-    """Lay the parameters out, move their values into new flat buffers and make them views of the weights."""
-    slots: list[Slot] = []
-    end = 0
-    for name, parameter in reversed(named):
-        start = -(-end // ALIGNMENT) * ALIGNMENT
-        slots.append(Slot(name=name, parameter=parameter, start=start, shape=parameter.shape))
-        end = start + parameter.numel()
-    unit = math.lcm(dp_size, PADDING)
-    total = -(-end // unit) * unit
-    device = named[0][1].device if named else torch.device("cpu")
-    master, main_grad, exp_avg, exp_avg_sq = (
-        torch.zeros(total, dtype=torch.float32, device=device) for _ in range(4)
-    )
-    for slot in slots:
-        slot.view(master).copy_(slot.parameter.detach())
-    weights = master if dtype == torch.float32 else master.to(dtype)
-    for slot in slots:
-        slot.parameter.data = slot.view(weights)
-    grad_views = [slot.view(main_grad) for slot in slots]
-    return FlatGroup(decay, slots, weights, master, main_grad, exp_avg, exp_avg_sq, grad_views)
+    def piece_tensors(self, kind: Kind) -> Iterator[tuple[Piece, Tensor]]:
+        """Each piece with one kind of state, where this process owns everything."""
+        assert self.shard.size == 1, "with ZeRO-1 a process has parts of pieces: see `boxes`"
+        return ((box.piece, box.tensor) for box in self._boxes[kind])

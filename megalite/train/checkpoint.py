@@ -32,12 +32,13 @@ from torch import Tensor
 from megalite.errors import StorageError, UserError
 from megalite.models.families import HfTensor
 from megalite.parallel.data import FlatBuffers
+from megalite.parallel.state import Kind
 from megalite.train.fingerprint import fingerprint
 from megalite.train.runlog import write_atomically
 
 FORMAT_VERSION = 1
 MANIFEST = "checkpoint.json"
-KIND_FILES = {
+KIND_FILES: dict[Kind, str] = {
     "master": "weights/model",
     "exp_avg": "optimizer/exp_avg",
     "exp_avg_sq": "optimizer/exp_avg_sq",
@@ -288,7 +289,9 @@ def load_state(
         StorageError: stored values differ from their fingerprints.
     """
     pieces = {(t.name, tuple(p.offset)): p for t in hf_tensors for p in t.parts}
-    live = {kind: {piece.name: view for piece, view in buffers.piece_tensors(kind)} for kind in KIND_FILES}
+    live: dict[str, dict[str, Tensor]] = {
+        kind: {piece.name: view for piece, view in buffers.piece_tensors(kind)} for kind in KIND_FILES
+    }
     missing = {(kind, part.piece) for kind in KIND_FILES for part in pieces.values()}
     buffers.zero_state()  # what no piece covers (padding) must not keep what the memory held before
     for kind, name, stored, value in _stored_parts(folder, manifest):

@@ -112,8 +112,10 @@ def build_session(config: RunConfig, mesh: Mesh, *, replay_step: int | None = No
     model = Transformer(config.model, tensor_split(config, mesh), device=mesh.device)
     if not manifest:
         fill_weights(model, config)
-    buffers = FlatBuffers(model, mesh.data, precision.dtype)
-    optimizer = AdamW(buffers, config.optimizer)
+    # Checkpoints are written by one process, which needs all of the state.
+    undivided = dataclasses.replace(config.parallel, zero=0)
+    buffers = FlatBuffers(model, mesh, precision.dtype, undivided)
+    optimizer = AdamW(buffers, config.optimizer, mesh.world)
     guard = StepGuard(mesh.device, sigma=config.train.spike_sigma, skip_spikes=config.train.skip_spikes)
     if found and manifest:
         state = load_state(found, manifest, buffers, hf_tensors(config.model))

@@ -16,13 +16,13 @@ from megalite.data.validation import ValidationSet
 from megalite.errors import DivergedError
 from megalite.models.transformer import Transformer
 from megalite.optim.adamw import AdamW
-from megalite.optim.clip import clip_coefficient, parameter_norms
+from megalite.optim.clip import clip_coefficient
 from megalite.optim.schedule import learning_rate
 from megalite.parallel.collectives import all_reduce_sum, gather_objects
 from megalite.parallel.context import ContextSplit
 from megalite.parallel.data import FlatBuffers
 from megalite.parallel.mesh import Mesh
-from megalite.parallel.partial import as_shares, norm_over, norm_shares, sum_partial_gradients
+from megalite.parallel.partial import box_norms, total_norm
 from megalite.train.evaluate import sample_texts, validate
 from megalite.train.guard import StepGuard
 from megalite.train.metrics import Metrics, ProgressLine, StepResult
@@ -52,10 +52,6 @@ class Trainer:
     save: Callable[[int], None]
     """Saves a checkpoint of the given number of completed steps."""
     completed_steps: int = 0
-
-    def __post_init__(self) -> None:
-        shares = norm_shares(self.buffers.grad_pieces(), self.mesh.tp)
-        self.norm_shares = as_shares(shares, self.mesh.device)
 
     def train(self, stop: StopSignal, after_step: Callable[[int], None] = lambda step: None) -> bool:
         """Run the remaining steps; False if a signal ended the run early (a checkpoint was saved).
@@ -104,7 +100,7 @@ class Trainer:
         scale = 1.0 / valid_tokens.clamp(min=1).float()
         timer.mark("communication")
 
-        self.buffers.zero_grad()
+        self.buffers.start_step(len(batches))
         loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
         for batch in batches:
             loss = self.model.loss(
@@ -120,20 +116,19 @@ class Trainer:
             loss_sum += loss.detach()
             timer.mark("backward")
 
+        self.buffers.finish_gradients()
         shared = self.local_report(loss_sum, stop)
         all_reduce_sum(shared, mesh.world)
-        self.buffers.reduce_gradients()
         timer.mark("communication")
 
-        gradients = self.buffers.grad_pieces()
-        sum_partial_gradients(gradients, mesh.tp)
-        norms = parameter_norms([gradient for _, gradient in gradients])
-        grad_norm = norm_over(norms, self.norm_shares, mesh.model)
+        norms = box_norms(self.buffers.boxes("main_grad"), mesh.device)
+        grad_norm = total_norm(norms, self.buffers.box_copies(), mesh.world)
         loss_mean = shared[0] * scale
         verdict = self.guard.judge(loss_mean, grad_norm, norms)
         rate = torch.full((), learning_rate(self.config, step), device=mesh.device)
         clip = clip_coefficient(grad_norm, self.config.optimizer.clip_grad_norm)
         self.optimizer.step(rate, clip, verdict.skip)
+        self.buffers.publish()
         timer.mark("optimizer")
         result = StepResult(step + 1, loss_mean, grad_norm, valid_tokens, shared[2:], verdict, timer.finish())
         return result, shared[1]
@@ -161,8 +156,7 @@ class Trainer:
         own loss or gradients are not finite (after the reduction everybody's would be).
         """
         report = torch.zeros(2 + self.mesh.world_size, dtype=torch.float64, device=self.mesh.device)
-        norms = [torch.linalg.vector_norm(group.main_grad) for group in self.buffers.groups]
-        finite = torch.isfinite(torch.stack([loss_sum, *(norm.double() for norm in norms)])).all()
+        finite = torch.isfinite(loss_sum) & self.buffers.local_finite()
         report[0] = loss_sum if self.mesh.model.rank == 0 else 0.0  # all model ranks have the same one
         report[1] = float(stop.requested)
         report[2 + self.mesh.rank] = (~finite).double()
@@ -199,8 +193,8 @@ class Trainer:
             "rank": record.pop("bad_rank", -1),
         }
         bad = record.pop("bad_parameter", -1)
-        here = self.buffers.grad_pieces()[bad][0].name if bad >= 0 else ""
-        details["parameter"] = next(filter(None, gather_objects(here, self.mesh.model)), "")
+        here = self.buffers.boxes("main_grad")[bad].piece.name if bad >= 0 else ""
+        details["parameter"] = next(filter(None, gather_objects(here, self.mesh.world)), "")
         self.log.event(kind, record["step"], **details)
         where = f", first in {details['parameter']} on rank {details['rank']}" if details["parameter"] else ""
         self.progress.say(

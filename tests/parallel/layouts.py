@@ -16,8 +16,8 @@ from megalite.models.transformer import Transformer
 from megalite.parallel.collectives import all_reduce_sum
 from megalite.parallel.context import ContextSplit
 from megalite.parallel.mesh import mesh_of_group
-from megalite.parallel.partial import as_shares, norm_over, norm_shares, sum_partial_gradients
-from megalite.parallel.pieces import Piece, iter_pieces, piece_view
+from megalite.parallel.partial import box_copies, box_norms, sum_partial, total_norm
+from megalite.parallel.pieces import Box, Piece, iter_pieces, piece_view
 from megalite.parallel.random import initialize
 from megalite.parallel.tensor import TensorSplit
 
@@ -124,11 +124,11 @@ def layout_job(
         total += loss.detach()
     all_reduce_sum(total, mesh.data)
     gradients = gradient_pieces(model)
-    sum_partial_gradients(gradients, mesh.tp)
+    boxes = [Box(piece, piece.offset, gradient) for piece, gradient in gradients]
+    sum_partial(boxes, mesh.tp)
     for _, gradient in gradients:
         all_reduce_sum(gradient, mesh.data)
-    norms = torch.stack([torch.linalg.vector_norm(grad) for _, grad in gradients])
-    norm = norm_over(norms, as_shares(norm_shares(gradients, mesh.tp), mesh.device), mesh.model)
+    norm = total_norm(box_norms(boxes, mesh.device), box_copies(boxes, mesh, mesh.data.size), mesh.world)
     return float(total), float(norm), gradients
 
 

@@ -3,10 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megalite.config import ModelConfig
+from megalite.config import ModelConfig, ParallelConfig
 from megalite.models.transformer import Transformer
-from megalite.parallel.data import ALIGNMENT, PADDING, FlatBuffers
-from megalite.parallel.mesh import Axis
+from megalite.parallel.buckets import ALIGNMENT, PADDING
+from megalite.parallel.data import FlatBuffers
+from megalite.parallel.mesh import Mesh
 from megalite.parallel.pieces import iter_pieces
 from megalite.parallel.random import initialize
 
@@ -14,25 +15,36 @@ CONFIG = ModelConfig(
     vocab_size=301, num_layers=2, hidden_size=32, ffn_hidden_size=40, num_attention_heads=4, qk_norm=True,
     family="qwen3", max_position_embeddings=64,
 )  # fmt: skip
+SMALL_BUCKETS = ParallelConfig(bucket_size=2000)
+CPU = Mesh(device=torch.device("cpu"))
 
 
-def make(dtype: torch.dtype = torch.float32) -> tuple[Transformer, FlatBuffers]:
+def make(
+    dtype: torch.dtype = torch.float32, parallel: ParallelConfig = SMALL_BUCKETS
+) -> tuple[Transformer, FlatBuffers]:
     model = Transformer(CONFIG)
     initialize(model, 0)
-    return model, FlatBuffers(model, Axis(), dtype)
+    return model, FlatBuffers(model, CPU, dtype, parallel)
 
 
 def test_layout_is_reversed_aligned_padded_and_complete():
     model, buffers = make()
     order = {name: i for i, (name, _) in enumerate(model.named_parameters())}
     for group in buffers.groups:
-        numbers = [order[slot.name] for slot in group.slots]
+        slots = [slot for bucket in group.buckets for slot in bucket.slots]
+        numbers = [order[slot.name] for slot in slots]
         assert numbers == sorted(numbers, reverse=True)
-        assert all(slot.start % ALIGNMENT == 0 for slot in group.slots)
-        assert group.weights.numel() % PADDING == 0
-        ends = [slot.start + slot.parameter.numel() for slot in group.slots]
-        assert all(end <= slot.start for end, slot in zip(ends, group.slots[1:], strict=False))
-    assert sum(len(group.slots) for group in buffers.groups) == len(order)
+        assert len(group.buckets) > 1 or not group.decay
+        start = group.weights.data_ptr()
+        for bucket in group.buckets:
+            assert bucket.weights.data_ptr() == start, "buckets lie end to end"
+            start += bucket.weights.nbytes
+            assert bucket.weights.numel() % PADDING == 0
+            assert all(slot.start % ALIGNMENT == 0 for slot in bucket.slots)
+            pairs = zip(bucket.slots, bucket.slots[1:], strict=False)
+            assert all(slot.stop <= after.start < SMALL_BUCKETS.bucket_size for slot, after in pairs)
+            assert bucket.slots[-1].stop <= bucket.weights.numel()
+    assert sorted(buffers.names()) == sorted(order)
 
 
 def test_values_are_kept_and_parameters_are_views():
@@ -43,14 +55,14 @@ def test_values_are_kept_and_parameters_are_views():
         model.named_parameters(), reference.named_parameters(), strict=True
     ):
         assert torch.equal(parameter, expected), name
-    group = buffers.groups[0]
-    group.weights.fill_(2.0)
-    assert all((slot.parameter == 2.0).all() for slot in group.slots)
+    for group in buffers.groups:
+        group.weights.fill_(2.0)
+    assert all((parameter == 2.0).all() for parameter in model.parameters())
 
 
 def test_decay_follows_the_pieces():
     model, buffers = make()
-    decayed = {slot.name for group in buffers.groups if group.decay for slot in group.slots}
+    decayed = {slot.name for bucket in buffers.buckets if bucket.decay for slot in bucket.slots}
     assert decayed == {name for _, name, piece in iter_pieces(model) if piece.decay}
     assert {name for name, p in model.named_parameters() if p.dim() < 2}.isdisjoint(decayed)
 
@@ -61,18 +73,18 @@ def test_gradients_add_up_in_fp32_over_micro_batches(dtype):
     tokens = torch.randint(0, 301, (3, 2, 16), generator=torch.Generator().manual_seed(0))
     singles = []
     for batch in tokens:
-        buffers.zero_grad()
+        buffers.start_step(1)
         model.loss(batch[:, :-1], batch[:, 1:]).backward()
         singles.append([view.clone() for view in buffers.grad_views()])
-    buffers.zero_grad()
+    buffers.start_step(3)
     for batch in tokens:
         model.loss(batch[:, :-1], batch[:, 1:]).backward()
+    buffers.finish_gradients()
     for name, total, *parts in zip(buffers.names(), buffers.grad_views(), *singles, strict=True):
         assert total.dtype == torch.float32
         assert torch.equal(total, (parts[0] + parts[1]) + parts[2]), name
         assert total.abs().max() > 0, name
-    if dtype == torch.bfloat16:
-        assert all(p.grad is None for p in model.parameters())
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_masters_keep_what_bf16_rounds_away():
@@ -80,13 +92,14 @@ def test_masters_keep_what_bf16_rounds_away():
     reference = Transformer(CONFIG)
     initialize(reference, 0)
     expected = {piece.name: p[piece.rows[0] : piece.rows[1]] for p, _, piece in iter_pieces(reference)}
-    for piece, master in buffers.piece_tensors("master"):
-        assert torch.equal(master, expected[piece.name])
+    for box in buffers.boxes("master"):
+        assert torch.equal(box.tensor, expected[box.piece.name])
     assert next(model.parameters()).dtype == torch.bfloat16
-    buffers.groups[0].master.add_(1.0)
+    for bucket in buffers.buckets:
+        bucket.master.add_(1.0)
     buffers.copy_master_to_weights()
-    group = buffers.groups[0]
-    assert torch.equal(group.weights, group.master.bfloat16())
+    for bucket in buffers.buckets:
+        assert torch.equal(bucket.weights, bucket.master.bfloat16())
 
 
 def test_padding_rows_never_get_a_gradient_or_a_value():
@@ -98,3 +111,4 @@ def test_padding_rows_never_get_a_gradient_or_a_value():
     )
     assert embedding.shape[0] == 384
     assert (embedding[301:] == 0).all()
+    assert embedding[:301].abs().max() > 0

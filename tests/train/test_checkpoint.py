@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megalite.config import ModelConfig
+from megalite.config import ModelConfig, ParallelConfig
 from megalite.errors import StorageError, UserError
 from megalite.models.families import hf_tensors
 from megalite.models.transformer import Transformer
 from megalite.parallel.data import FlatBuffers
-from megalite.parallel.mesh import Axis
+from megalite.parallel.mesh import Mesh
 from megalite.parallel.random import initialize
 from megalite.train import checkpoint as ckpt
 from megalite.train.fingerprint import fingerprint
@@ -48,7 +48,7 @@ CONFIGS = {
 def make_buffers(config: ModelConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> FlatBuffers:
     model = Transformer(config)
     initialize(model, seed)
-    buffers = FlatBuffers(model, Axis(), dtype)
+    buffers = FlatBuffers(model, Mesh(device=torch.device("cpu")), dtype, ParallelConfig())
     generator = torch.Generator().manual_seed(seed)
     for kind in ("exp_avg", "exp_avg_sq"):
         for _, view in buffers.piece_tensors(kind):
@@ -83,8 +83,8 @@ def test_everything_comes_back_bit_for_bit(family, dtype, tmp_path):
     buffers = make_buffers(config, dtype)
     folder = save(config, buffers, tmp_path)
     other = make_buffers(config, dtype, seed=9)
-    for group in other.groups:  # memory that a fresh process never initialised
-        for tensor in (group.weights, group.master, group.exp_avg, group.exp_avg_sq):
+    for shard in other.optimizer_shards():  # memory that a fresh process never initialised
+        for tensor in (shard.weights, shard.master, shard.exp_avg, shard.exp_avg_sq):
             tensor.fill_(torch.nan)
     state = ckpt.load_state(folder, ckpt.read_manifest(folder), other, hf_tensors(config))
     before, after = values(buffers), values(other)

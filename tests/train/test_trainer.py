@@ -267,8 +267,8 @@ def test_a_non_finite_step_is_skipped_counted_and_named(dataset, tmp_path):
         trainer.train_step(step, session.stop)
 
     def state() -> list[torch.Tensor]:
-        groups = trainer.buffers.groups
-        return [t.clone() for g in groups for t in (g.weights, g.master, g.exp_avg, g.exp_avg_sq)]
+        shards = trainer.buffers.optimizer_shards()
+        return [t.clone() for s in shards for t in (s.weights, s.master, s.exp_avg, s.exp_avg_sq)]
 
     before, count = state(), trainer.optimizer.step_count.clone()
     result, _ = trainer.train_step(2, session.stop)

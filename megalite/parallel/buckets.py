@@ -1,0 +1,183 @@
+"""Flat buffers: where every parameter stands, and the buckets that are reduced, updated and gathered as one.
+
+Layout (Megatron's): for each weight-decay rule one buffer of weights and one of main gradients. Parameters stand in
+reverse registration order, because the backward pass finishes them in that order; each start is aligned to 64 elements
+(256 bytes of fp32). A bucket is a run of whole parameters, closed when it holds about as many elements as asked for;
+its end is padded to a multiple of lcm(data-parallel ranks, 128), so that it divides into equal aligned slices. Rank r
+of those that divide the optimizer state owns slice r of every bucket, cutting through parameters. Padding stays zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megalite.parallel.mesh import Axis
+from megalite.parallel.pieces import Box, Piece, boxes_of_range, iter_pieces
+from megalite.parallel.state import Kind, OptimizerShard
+
+ALIGNMENT = 64
+PADDING = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where one parameter stands in its bucket."""
+
+    name: str
+    parameter: nn.Parameter
+    pieces: tuple[Piece, ...]
+    start: int
+    number: int
+    """Its place in the order of registration."""
+
+    @property
+    def stop(self) -> int:
+        """End of the parameter; the next one starts at or after it."""
+        return self.start + self.parameter.numel()
+
+    def view(self, flat: Tensor) -> Tensor:
+        """This parameter's part of its bucket's weights or main gradients, in the parameter's shape."""
+        return flat[self.start : self.stop].view(self.parameter.shape)
+
+    def local_shape(self, piece: Piece) -> tuple[int, ...]:
+        """Shape of the part of a piece that the parameter holds."""
+        return (piece.rows[1] - piece.rows[0], *self.parameter.shape[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """A run of neighbouring parameters, and what this process keeps for the slice of it that it owns."""
+
+    decay: bool
+    tied: bool
+    """It holds a matrix that another pipeline stage has too, and nothing else."""
+    slots: tuple[Slot, ...]
+    own: slice
+    """What this process updates: all of the bucket unless the optimizer's state is divided."""
+    weights: Tensor
+    """[n] compute-type parameters; the model's parameters are views of it."""
+    main_grad: Tensor
+    """[n] gradients summed over micro-batches; after the reduction the owned slice holds the sum over all ranks."""
+    master: Tensor
+    """[owned] wide weights; a view of `weights` where the types agree."""
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+    def shard(self) -> OptimizerShard:
+        """What one optimizer call updates."""
+        own = self.own
+        state = (self.master, self.main_grad[own], self.exp_avg, self.exp_avg_sq)
+        return OptimizerShard(self.weights[own], *state, self.decay)
+
+    def boxes(self, slot: Slot, kind: Kind) -> Iterator[Box]:
+        """The owned parts of a parameter's pieces."""
+        owned = self.main_grad[self.own] if kind == "main_grad" else getattr(self, kind)
+        for piece in slot.pieces:
+            shape = slot.local_shape(piece)
+            width = math.prod(shape[1:])
+            first = slot.start + piece.rows[0] * width
+            start = max(first, self.own.start)
+            stop = min(first + math.prod(shape), self.own.stop)
+            if start < stop:
+                run = owned[start - self.own.start : stop - self.own.start]
+                yield from boxes_of_range(piece, shape, run, start - first)
+
+
+@dataclass(frozen=True, slots=True)
+class FlatGroup:
+    """Parameters with one weight-decay rule: a flat buffer of weights, one of gradients, cut into buckets."""
+
+    decay: bool
+    weights: Tensor
+    main_grad: Tensor
+    buckets: tuple[Bucket, ...]
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type of masters, gradients and moments: fp32, or float64 for a float64 model."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def plan_slots(model: nn.Module, decay: bool, bucket_size: int) -> list[list[Slot]]:
+    """The buckets of one group: slots in reverse registration order.
+
+    Args:
+        model: declares pieces for all its parameters.
+        decay: which group.
+        bucket_size: elements at which a bucket is closed. A tied matrix has a bucket of its own: two pipeline stages
+            hold it among other neighbours, and must cut it equally.
+    """
+    pieces: dict[str, tuple[nn.Parameter, list[Piece]]] = {}
+    for parameter, name, piece in iter_pieces(model):
+        pieces.setdefault(name, (parameter, []))[1].append(piece)
+    buckets: list[list[Slot]] = [[]]
+    for number, (name, _) in reversed(list(enumerate(model.named_parameters()))):
+        parameter, own = pieces[name]
+        assert len({(piece.decay, piece.tied) for piece in own}) == 1, (
+            f"pieces of {name} differ in decay or tied"
+        )
+        if own[0].decay is not decay:
+            continue
+        if buckets[-1] and (own[0].tied or buckets[-1][-1].stop >= bucket_size or _tied(buckets[-1])):
+            buckets.append([])
+        end = buckets[-1][-1].stop if buckets[-1] else 0
+        start = -(-end // ALIGNMENT) * ALIGNMENT
+        buckets[-1].append(Slot(name, parameter, tuple(own), start, number))
+    return [bucket for bucket in buckets if bucket]
+
+
+def _tied(slots: list[Slot]) -> bool:
+    return slots[-1].pieces[0].tied
+
+
+def make_group(planned: list[list[Slot]], dtype: torch.dtype, shard: Axis, data_size: int) -> FlatGroup:
+    """Allocate a group's buffers, move the parameters' values into them, and make the parameters views of them.
+
+    Args:
+        planned: from `plan_slots`.
+        dtype: compute type of the weights; masters keep the values they have now.
+        shard: ranks that divide the optimizer's state.
+        data_size: ranks over which gradients are summed; decides the padding.
+    """
+    first = planned[0][0]
+    unit, wide = math.lcm(data_size, PADDING), wide_dtype(dtype)
+    sizes = [-(-slots[-1].stop // unit) * unit for slots in planned]
+    device = first.parameter.device
+    weights = torch.zeros(sum(sizes), dtype=dtype, device=device)
+    main_grad = torch.zeros(sum(sizes), dtype=wide, device=device)
+    owned = [size // shard.size for size in sizes]
+    # In the compute type's own precision there is no second copy: the master is the owned part of the weights.
+    kept = 2 if dtype == wide else 3
+    state = torch.zeros(kept, sum(owned), dtype=wide, device=device)
+    decay, buckets, end, own_end = first.pieces[0].decay, [], 0, 0
+    for slots, size, count in zip(planned, sizes, owned, strict=True):
+        part = weights[end : end + size]
+        rows = list(state[:, own_end : own_end + count])
+        own = slice(shard.rank * count, (shard.rank + 1) * count)
+        if dtype == wide:
+            rows.append(part[own])
+            _fill(part, slots)
+        else:
+            values = torch.zeros(size, dtype=wide, device=device)
+            _fill(values, slots)
+            part.copy_(values)
+            rows[2].copy_(values[own])
+        for slot in slots:
+            slot.parameter.data = slot.view(part)
+        exp_avg, exp_avg_sq, master = rows
+        grad = main_grad[end : end + size]
+        buckets.append(
+            Bucket(decay, _tied(slots), tuple(slots), own, part, grad, master, exp_avg, exp_avg_sq)
+        )
+        end, own_end = end + size, own_end + count
+    return FlatGroup(decay, weights, main_grad, tuple(buckets))
+
+
+def _fill(flat: Tensor, slots: list[Slot]) -> None:
+    for slot in slots:
+        slot.view(flat).copy_(slot.parameter.detach())

@@ -1,0 +1,23 @@
+"""Which `ModelState` a configuration asks for."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from megalite.config import ParallelConfig
+from megalite.parallel.data import FlatBuffers
+from megalite.parallel.mesh import Mesh
+from megalite.parallel.state import ModelState
+
+
+def make_state(model: nn.Module, mesh: Mesh, dtype: torch.dtype, parallel: ParallelConfig) -> ModelState:
+    """Take over a model's parameters.
+
+    Args:
+        model: parameters on `mesh.device`, filled, in fp32 or wider.
+        mesh: the processes.
+        dtype: compute type of the weights.
+        parallel: `zero` decides: 0 and 1 flat buffers, 3 FSDP2.
+    """
+    return FlatBuffers(model, mesh, dtype, parallel)
