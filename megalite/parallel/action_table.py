@@ -13,8 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple, cast
 
-from torch.distributed.pipelining.schedules import get_schedule_class
-
 from megalite.config_parallel import SINGLE_STAGE, Schedule
 
 Kind = Literal["F", "I", "W", "B"]
@@ -70,6 +68,9 @@ def schedule_table(schedule: Schedule, pp: int, stages_per_rank: int, micro_batc
     """
     if schedule == "1f1b":
         return tuple(tuple((op,) for op in _one_f_one_b(rank, pp, micro_batches)) for rank in range(pp))
+    # Importing it brings torch's compiler along, a second and its state: only for those who need a table.
+    from torch.distributed.pipelining.schedules import get_schedule_class
+
     stub = SimpleNamespace(group_rank=0, group_size=pp, num_stages=pp * stages_per_rank, submod=None)
     stages: Any = stub if schedule in SINGLE_STAGE else [stub] * stages_per_rank
     try:
