@@ -56,12 +56,12 @@ def start_all_gather(shard: Tensor, axis: Axis) -> tuple[Tensor, Work]:
     return whole, _all_gather(whole, shard, group=axis.group, async_op=True)
 
 
-def start_reduce_scatter(whole: Tensor, axis: Axis) -> tuple[Tensor, Work]:
-    """This rank's rows [T / n, ...] of the sum of all ranks' [T, ...], not waited for."""
+def start_reduce_scatter(whole: Tensor, axis: Axis, out: Tensor | None = None) -> tuple[Tensor, Work]:
+    """This rank's rows [T / n, ...] of the sum of all ranks' [T, ...], into `out` if given, not waited for."""
     if axis.group is None:
         return whole, None
     assert whole.shape[0] % axis.size == 0, f"{whole.shape[0]} rows over {axis.size} ranks"
-    shard = whole.new_empty((whole.shape[0] // axis.size, *whole.shape[1:]))
+    shard = whole.new_empty((whole.shape[0] // axis.size, *whole.shape[1:])) if out is None else out
     axis.note("reduce_scatter")
     return shard, _reduce_scatter(shard, whole.contiguous(), group=axis.group, async_op=True)
 

@@ -18,17 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import megalite_kernels as kernels
-from megalite.parallel.collectives import (
-    all_gather,
-    all_reduce_sum,
-    reduce_from,
-    reduce_scatter,
-    reduce_scatter_to,
-    start_all_gather,
-    start_all_reduce,
-    start_reduce_scatter,
-    wait,
-)
+from megalite.parallel.chunked import gather_product, product_scatter, product_sum
+from megalite.parallel.collectives import reduce_from, reduce_scatter_to, start_all_gather, wait
+from megalite.parallel.gradients import GradientSink, add_weight_gradient, get_sink
 from megalite.parallel.mesh import ALONE, Axis
 
 
@@ -38,10 +30,12 @@ class TensorSplit:
 
     axis: Axis = ALONE
     sequence: bool = False
+    chunks: int = 1
+    """Parts into which a product is cut where only its own parts can hide the communication that it needs."""
 
     def whole_tokens(self) -> TensorSplit:
         """The same cut of the weights with activations whole on every rank (generation, odd batches)."""
-        return TensorSplit(self.axis)
+        return TensorSplit(self.axis, chunks=self.chunks)
 
 
 UNSPLIT = TensorSplit()
@@ -90,9 +84,10 @@ def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, split: TensorS
     Returns:
         [..., O / tp] of all tokens.
     """
-    if split.axis.group is None:
+    sink = get_sink(weight)
+    if split.axis.group is None and sink is None:
         return F.linear(x, weight, bias)
-    return _ColumnLinear.apply(x, weight, bias, split)
+    return _ColumnLinear.apply(x, weight, bias, split, sink)
 
 
 def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, split: TensorSplit) -> Tensor:
@@ -107,8 +102,8 @@ def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, split: TensorSpli
         [..., O]; with `split.sequence` this rank's tokens [T / tp, O].
     """
     if split.axis.group is None:
-        return F.linear(x, weight, bias)
-    out = _RowLinear.apply(x, weight, split)
+        return column_linear(x, weight, bias, split)
+    out = _RowLinear.apply(x, weight, split, get_sink(weight))
     return out if bias is None else out + bias
 
 
@@ -121,11 +116,19 @@ class _ColumnLinear(torch.autograd.Function):
     """The backward starts each collective before the product that hides it: dgrad, its sum, wgrad."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, split: TensorSplit) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        split: TensorSplit,
+        sink: GradientSink | None,
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.split, ctx.has_bias = split, bias is not None
-        whole = all_gather(x, split.axis) if split.sequence else x
-        return F.linear(whole, weight, bias)
+        ctx.split, ctx.sink, ctx.has_bias = split, sink, bias is not None
+        if split.sequence:
+            return gather_product(x, weight.t(), bias, split.axis, split.chunks)[0]
+        return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -133,34 +136,38 @@ class _ColumnLinear(torch.autograd.Function):
         axis, sequence = ctx.split.axis, ctx.split.sequence
         # The tokens are gathered again, not kept: 1 / tp of the activation memory, hidden behind dgrad.
         whole, gathering = start_all_gather(x, axis) if sequence else (x, None)
-        dx = dy @ weight
-        if sequence:
-            dx, summing = start_reduce_scatter(dx, axis)
-        else:
-            summing = start_all_reduce(dx, axis)
-        wait(gathering)
         flat = dy.flatten(0, -2)
-        dweight = flat.t() @ whole.flatten(0, -2)
+        # A wgrad that is put off hides nothing: dgrad then hides its own sum.
+        chunks = ctx.split.chunks if ctx.sink is not None and ctx.sink.queue is not None else 1
+        dx, summing = (product_scatter if sequence else product_sum)(flat, weight, axis, chunks)
+        wait(gathering)
+        dweight = add_weight_gradient(ctx.sink, flat, whole)
         dbias = flat.sum(0) if ctx.has_bias else None
-        wait(summing)
-        return dx, dweight, dbias, None
+        for work in summing:
+            wait(work)
+        return dx.view(x.shape), dweight, dbias, None, None
 
 
 class _RowLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, split: TensorSplit) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, split: TensorSplit, sink: GradientSink | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.split = split
-        part = F.linear(x, weight)
-        return reduce_scatter(part, split.axis) if split.sequence else all_reduce_sum(part, split.axis)
+        ctx.split, ctx.sink = split, sink
+        multiply = product_scatter if split.sequence else product_sum
+        out, summing = multiply(x.flatten(0, -2), weight.t(), split.axis, split.chunks)
+        for work in summing:
+            wait(work)
+        return out if split.sequence else out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        whole = all_gather(dy, ctx.split.axis) if ctx.split.sequence else dy
-        dx = whole @ weight
-        dweight = whole.flatten(0, -2).t() @ x.flatten(0, -2)
-        return dx, dweight, None
+        if ctx.split.sequence:
+            dx, whole = gather_product(dy, weight, None, ctx.split.axis, ctx.split.chunks, keep=True)
+            assert whole is not None
+        else:
+            dx, whole = dy @ weight, dy
+        return dx.view(x.shape), add_weight_gradient(ctx.sink, whole, x), None, None
 
 
 def vocab_embedding(ids: Tensor, weight: Tensor, first_row: int, split: TensorSplit) -> Tensor:

@@ -115,7 +115,8 @@ def layout_job(
 ) -> Answer:
     """One rank's part: loss and norm over all ranks, and its pieces of the gradients."""
     mesh = mesh_of_group(layout, torch.device("cpu"))
-    model = build(config, TensorSplit(mesh.tp, layout.sequence_parallel and mesh.tp.size > 1), dtype)
+    sequence = layout.sequence_parallel and mesh.tp.size > 1
+    model = build(config, TensorSplit(mesh.tp, sequence, layout.tp_chunks), dtype)
     total = torch.zeros((), dtype=torch.float64)
     for batch in batches[mesh.dp.rank :: mesh.dp.size]:
         split = ContextSplit(mesh.cp, layout.cp_method, batch.bounds) if mesh.cp.size > 1 else None

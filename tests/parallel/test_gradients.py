@@ -1,0 +1,145 @@
+"""Gradient sinks: same gradients as autograd's, once per backward pass, and with a queue nothing but dgrad before W."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megalite.config import ParallelConfig
+from megalite.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megalite.parallel.gradients import GradientSink, WeightQueue, add_weight_gradient, get_sink, set_sink
+from megalite.parallel.mesh import mesh_of_group
+from megalite.parallel.partial import sum_partial_gradients
+from megalite.parallel.tensor import UNSPLIT, Shard, TensorSplit
+from tests.helpers.trace import trace
+from tests.parallel.layouts import (
+    MODELS,
+    Answer,
+    assert_equal,
+    build,
+    gradient_pieces,
+    loss_of,
+    one_process,
+    packed_batch,
+    put_together,
+)
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+def give_sinks(model: nn.Module, queue: WeightQueue | None = None) -> dict[str, int]:
+    """A sink for the weight of every cut layer; counts how often each is told of a gradient."""
+    calls: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+            weight, calls[name] = module.weight, 0
+
+            def added(name: str = name) -> None:
+                calls[name] += 1
+
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            sink = GradientSink(torch.zeros(weight.shape, dtype=wide), added)
+            sink.queue = queue
+            set_sink(weight, sink)
+    return calls
+
+
+def take_gradients(model: nn.Module) -> None:
+    """Move every sink's gradient to where autograd's is; a weight with a sink has none of autograd's."""
+    for parameter in model.parameters():
+        if (sink := get_sink(parameter)) is not None:
+            assert parameter.grad is None
+            parameter.grad = sink.main_grad.to(parameter.dtype)
+
+
+def sink_job(layout: ParallelConfig, name: str, dtype: torch.dtype, deferred: bool) -> Answer:
+    """As `layout_job` for one batch, with sinks; and the trace agrees that a queue puts the products off."""
+    mesh = mesh_of_group(layout, torch.device("cpu"))
+    sequence = layout.sequence_parallel and mesh.tp.size > 1
+    model = build(MODELS[name], TensorSplit(mesh.tp, sequence, layout.tp_chunks), dtype)
+    queue = WeightQueue() if deferred else None
+    calls = give_sinks(model, queue)
+    loss = loss_of(model, packed_batch(), None)
+    with trace() as events:
+        loss.backward()
+    ran = Counter(c.name for c in events.computes)["megalite.linear_weight_grad_"]
+    assert ran == (0 if deferred else len(calls)), events
+    if queue is not None:
+        assert set(calls.values()) == {0}
+        queue.take()()
+    assert set(calls.values()) == {1}
+    take_gradients(model)
+    gradients = gradient_pieces(model)
+    sum_partial_gradients(gradients, mesh.tp)
+    return float(loss.detach()), 0.0, gradients
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("layout", [{}, {"tp_chunks": 3}, {"sequence_parallel": False, "tp_chunks": 2}])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_sinks_give_the_gradients_of_one_process(
+    rank_pool: Any, name: str, layout: dict[str, Any], deferred: bool
+) -> None:
+    for dtype, tolerance in TOLERANCE.items():
+        truth = one_process(MODELS[name], dtype, [packed_batch()])
+        truth.norm = 0.0
+        answers = rank_pool(2).run(sink_job, ParallelConfig(tp=2, **layout), name, dtype, deferred)
+        assert_equal(put_together(answers), truth, tolerance)
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_sinks_without_ranks(deferred: bool) -> None:
+    """The unsplit layers honour sinks too, over several micro-batches."""
+    batches = [packed_batch(seed=seed) for seed in range(3)]
+    truth = one_process(MODELS["gpt2"], torch.float64, batches)
+    model = build(MODELS["gpt2"], UNSPLIT, torch.float64)
+    queue = WeightQueue() if deferred else None
+    calls = give_sinks(model, queue)
+    waiting = []
+    for batch in batches:
+        loss_of(model, batch, None).backward()
+        if queue is not None:
+            waiting.append(queue.take())  # one micro-batch's products, run after the others' backward passes
+    for compute in waiting:
+        compute()
+    assert set(calls.values()) == {len(batches)}
+    take_gradients(model)
+    for piece, gradient in gradient_pieces(model):
+        torch.testing.assert_close(gradient, truth.gradients[piece.name], rtol=0, atol=1e-10)
+
+
+def test_a_bf16_layer_adds_to_an_fp32_gradient() -> None:
+    """No bf16 gradient between: two micro-batches whose second is lost if the sum is rounded to bf16."""
+    layer = ColumnParallelLinear(1, {"o": Shard.whole(1)}, UNSPLIT, bias=True, std=0.1, dtype=torch.bfloat16)
+    give_sinks(layer)
+    nn.init.ones_(layer.weight)
+    for x in (256.0, 0.5):
+        layer(torch.full((1, 1), x, dtype=torch.bfloat16)).sum().backward()
+    sink = get_sink(layer.weight)
+    assert sink is not None
+    assert sink.main_grad.item() == 256.5
+    assert layer.bias.grad.item() == 2.0  # biases stay with autograd
+
+
+def test_without_a_sink_the_product_is_returned() -> None:
+    dy, x = torch.randn(2, 3, 4), torch.randn(2, 3, 5)
+    product = add_weight_gradient(None, dy, x)
+    assert isinstance(product, Tensor)
+    torch.testing.assert_close(product, torch.einsum("bso,bsi->oi", dy, x))
+
+
+def test_a_queue_frees_the_factors_of_each_product_as_it_goes() -> None:
+    queue, order = WeightQueue(), []
+    for i in range(3):
+        queue.put(lambda i=i: order.append(i))
+    first = queue.take()
+    queue.put(lambda: order.append("later"))
+    first()
+    first()  # nothing is left: a product counts once
+    assert order == [0, 1, 2]
+    queue.take()()
+    assert order == [0, 1, 2, "later"]
