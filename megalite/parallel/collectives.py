@@ -122,6 +122,19 @@ def all_to_all(x: Tensor, axis: Axis) -> Tensor:
     return received
 
 
+def send(tensor: Tensor, axis: Axis, rank: int) -> None:
+    """Give a contiguous tensor to one rank of the axis, which calls `receive`."""
+    axis.note("send")
+    dist.send(tensor, group=axis.group, group_dst=rank)
+
+
+def receive(buffer: Tensor, axis: Axis, rank: int) -> Tensor:
+    """Overwrite `buffer` with what one rank of the axis sends; returns it."""
+    axis.note("receive")
+    dist.recv(buffer, group=axis.group, group_src=rank)
+    return buffer
+
+
 def broadcast(tensor: Tensor, axis: Axis, source: int = 0) -> Tensor:
     """Overwrite `tensor` with that of rank `source` of the axis; returns it."""
     if axis.group is not None:

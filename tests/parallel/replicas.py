@@ -1,0 +1,84 @@
+"""A layout run through `Replica`, as the trainer runs it: outcome and parameters after SGD steps, on each rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalite.config import ModelConfig, ParallelConfig
+from megalite.data.loader import MicroBatch
+from megalite.parallel.collectives import all_reduce_sum
+from megalite.parallel.mesh import mesh_of_group
+from megalite.parallel.random import initialize
+from megalite.train.replica import Replica, build_replica
+
+
+@dataclass
+class Part:
+    """One block of a tensor, as plain values that travel between processes."""
+
+    name: str
+    shape: tuple[int, ...]
+    index: tuple[slice, ...]
+    value: Tensor
+
+
+@dataclass
+class RankOutcome:
+    """What one rank has to show after a step."""
+
+    loss: float
+    norm: float
+    gradients: list[Part]
+    weights: list[Part]
+
+
+def parts_of(replica: Replica, kind: Any) -> list[Part]:
+    """The blocks this rank updates, copied."""
+    return [
+        Part(box.piece.name, box.piece.global_shape, box.index, box.tensor.detach().clone())
+        for box in replica.state.boxes(kind)
+    ]
+
+
+def run_layout(
+    layout: ParallelConfig,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    batches: list[MicroBatch],
+    *,
+    steps: int = 1,
+    learning_rate: float = 0.1,
+) -> RankOutcome:
+    """Steps of plain SGD over all batches (divided over dp in turn); loss, norm and gradients are the first step's."""
+    mesh = mesh_of_group(layout, torch.device("cpu"))
+    replica = build_replica(
+        config,
+        layout,
+        mesh,
+        dtype=dtype,
+        micro_batch_tokens=batches[0].tokens.numel(),
+        fill=lambda model: initialize(model, seed=3),
+    )
+    first: RankOutcome | None = None
+    for _ in range(steps):
+        own = batches[mesh.dp.rank :: mesh.dp.size]
+        total = replica.gradients(own, torch.ones((), dtype=torch.float64 if dtype == torch.float64 else torch.float32))
+        replica.state.finish_gradients()
+        if mesh.tp.rank:
+            total.zero_()  # tensor-parallel ranks score the same labels
+        all_reduce_sum(total, mesh.world)
+        norm, _ = replica.grad_norm()
+        if first is None:
+            first = RankOutcome(float(total), float(norm), parts_of(replica, "main_grad"), [])
+        with torch.no_grad():
+            for shard in replica.state.optimizer_shards():
+                shard.master.sub_(shard.main_grad, alpha=learning_rate)
+        replica.state.copy_master_to_weights()
+    assert first is not None
+    first.weights = parts_of(replica, "master")
+    replica.state.release()
+    return first
