@@ -14,6 +14,7 @@ from megalite.parallel.collectives import all_reduce_sum
 from megalite.parallel.mesh import mesh_of_group
 from megalite.parallel.random import initialize
 from megalite.train.replica import Replica, build_replica
+from tests.parallel.layouts import Outcome, assert_equal
 
 
 @dataclass
@@ -44,6 +45,19 @@ def parts_of(replica: Replica, kind: Any) -> list[Part]:
     ]
 
 
+def make_replica(layout: ParallelConfig, config: ModelConfig, dtype: torch.dtype, tokens: int) -> Replica:
+    """The replica of this process in the default group, with the same initial weights as `layouts.build`."""
+    mesh = mesh_of_group(layout, torch.device("cpu"))
+    return build_replica(
+        config,
+        layout,
+        mesh,
+        dtype=dtype,
+        micro_batch_tokens=tokens,
+        fill=lambda model: initialize(model, seed=3),
+    )
+
+
 def run_layout(
     layout: ParallelConfig,
     config: ModelConfig,
@@ -54,19 +68,13 @@ def run_layout(
     learning_rate: float = 0.1,
 ) -> RankOutcome:
     """Steps of plain SGD over all batches (divided over dp in turn); loss, norm and gradients are the first step's."""
-    mesh = mesh_of_group(layout, torch.device("cpu"))
-    replica = build_replica(
-        config,
-        layout,
-        mesh,
-        dtype=dtype,
-        micro_batch_tokens=batches[0].tokens.numel(),
-        fill=lambda model: initialize(model, seed=3),
-    )
+    replica = make_replica(layout, config, dtype, batches[0].tokens.numel())
+    mesh = replica.mesh
+    one = torch.ones((), dtype=torch.promote_types(dtype, torch.float32))
     first: RankOutcome | None = None
     for _ in range(steps):
         own = batches[mesh.dp.rank :: mesh.dp.size]
-        total = replica.gradients(own, torch.ones((), dtype=torch.float64 if dtype == torch.float64 else torch.float32))
+        total = replica.gradients(own, one)
         replica.state.finish_gradients()
         if mesh.tp.rank:
             total.zero_()  # tensor-parallel ranks score the same labels
@@ -82,3 +90,26 @@ def run_layout(
     first.weights = parts_of(replica, "master")
     replica.state.release()
     return first
+
+
+def assert_equals(answers: list[RankOutcome], truth: Outcome, tolerance: float) -> None:
+    """All ranks agree with each other, and put together with one process."""
+    outcomes = {(answer.loss, answer.norm) for answer in answers}
+    assert len(outcomes) == 1, f"ranks differ in the loss or the norm: {outcomes}"
+    gradients = put_parts_together([part for answer in answers for part in answer.gradients])
+    assert_equal(Outcome(answers[0].loss, answers[0].norm, gradients), truth, tolerance)
+
+
+def put_parts_together(parts: list[Part]) -> dict[str, Tensor]:
+    """Whole tensors; blocks that several ranks hold must be the same on all of them, and none may be missing."""
+    wholes: dict[str, Tensor] = {}
+    for part in parts:
+        if part.name not in wholes:
+            wholes[part.name] = torch.full(part.shape, torch.nan, dtype=part.value.dtype)
+        seen = wholes[part.name][part.index]
+        same = torch.isnan(seen) | (seen == part.value)
+        assert same.all(), f"ranks differ in {part.name}"
+        wholes[part.name][part.index] = part.value
+    for name, whole in wholes.items():
+        assert not torch.isnan(whole).any(), f"no rank holds all of {name}"
+    return wholes
