@@ -13,7 +13,8 @@ from megalite.config import ParallelConfig
 from megalite.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.parallel.gradients import GradientSink, WeightQueue, add_weight_gradient, get_sink, set_sink
 from megalite.parallel.mesh import mesh_of_group
-from megalite.parallel.partial import sum_partial_gradients
+from megalite.parallel.partial import sum_partial
+from megalite.parallel.pieces import Box
 from megalite.parallel.tensor import UNSPLIT, Shard, TensorSplit
 from tests.helpers.trace import trace
 from tests.parallel.layouts import (
@@ -74,7 +75,7 @@ def sink_job(layout: ParallelConfig, name: str, dtype: torch.dtype, deferred: bo
     assert set(calls.values()) == {1}
     take_gradients(model)
     gradients = gradient_pieces(model)
-    sum_partial_gradients(gradients, mesh.tp)
+    sum_partial([Box(piece, piece.offset, gradient) for piece, gradient in gradients], mesh.tp)
     return float(loss.detach()), 0.0, gradients
 
 
