@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import megalite_kernels as kernels
 from megalite.layers.cache import LayerCache
 from megalite.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megalite.layers.recompute import made_again, run_marked
 from megalite.parallel.context import ContextSplit, context_attention
 from megalite.parallel.pieces import Init, Piece, whole
 from megalite.parallel.tensor import UNSPLIT, Shard, TensorSplit
@@ -97,23 +98,29 @@ class Attention(nn.Module):
             self.q_norm = HeadNorm(head_dim, qk_norm_eps, **factory)
             self.k_norm = HeadNorm(head_dim, qk_norm_eps, **factory)
 
-    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Context, cache: LayerCache | None = None, again: bool = False
+    ) -> Tensor:
         """[B, S, H] → [B, S, H], or packed [T, H] → [T, H] (of this rank's tokens with `split.sequence`).
 
-        With a cache the S tokens follow those already in it, and attend to them too.
+        With a cache the S tokens follow those already in it, and attend to them too. With `again` the backward
+        pass makes head norms and rotation again.
         """
         qkv = self.qkv_proj(x, context.split).split((self.q_size, self.kv_size, self.kv_size), dim=-1)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv)
-        q, k = self._place(q, k, context.rotary)
+        placed: tuple[Tensor, Tensor] = run_marked(again, self._place, q, k, context.rotary)
+        with made_again(again and placed[0] is not q, placed, lambda: self._place(q, k, context.rotary)):
+            out = self._attend(*placed, v, context, cache)
+        return self.o_proj(out.flatten(-2), context.split)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
         if cache is not None:
             k, v = cache.append(k, v)
         if context.sequence is not None:
-            out = context_attention(q, k, v, context.sequence, window=self.window)
-        else:
-            out = kernels.attention(
-                q, k, v, window=self.window, cu_seqlens=context.cu_seqlens, max_seqlen=context.max_seqlen
-            )
-        return self.o_proj(out.flatten(-2), context.split)
+            return context_attention(q, k, v, context.sequence, window=self.window)
+        return kernels.attention(
+            q, k, v, window=self.window, cu_seqlens=context.cu_seqlens, max_seqlen=context.max_seqlen
+        )
 
     def _place(self, q: Tensor, k: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Head norms and rotation, both optional, in one pass where there are both."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from megalite.layers.attention import Attention, Context
 from megalite.layers.cache import LayerCache
 from megalite.layers.mlp import MLP, GatedMLP
 from megalite.layers.norm import LayerNorm, RMSNorm
+from megalite.layers.recompute import KEEP, Recompute, made_again, run_again, run_marked, tap, tapped
 
 
 class Block(nn.Module):
@@ -31,10 +33,34 @@ class Block(nn.Module):
         self.mlp = mlp
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, context: Context, cache: LayerCache | None = None
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        context: Context,
+        cache: LayerCache | None = None,
+        recompute: Recompute = KEEP,
     ) -> tuple[Tensor, Tensor]:
-        """(branch [..., H], residual [..., H] or None before the first block) → the same after this block."""
-        x, residual = self.attention_norm(x, residual)
-        x = self.attention(x, context, cache)
-        x, residual = self.mlp_norm(x, residual)
-        return self.mlp(x, context.split), residual
+        """(branch [..., H], residual [..., H] or None before the first block) → the same after this block.
+
+        `recompute` says what the backward pass makes again; the gradients have the same bits either way.
+        """
+        if recompute.full and torch.compiler.is_compiling():
+            return run_again(self, x, residual, context)
+        full = recompute.full and torch.is_grad_enabled()
+        normed, total = run_marked(recompute.norm, self.attention_norm, x, residual)
+        with made_again(recompute.norm or full, (normed,), lambda: self.attention_norm(total)[:1]):
+            if full:
+                return self._all_again(normed, total, context)
+            x = self.attention(normed, context, cache, recompute.attention)
+        normed, residual = run_marked(recompute.norm, self.mlp_norm, x, total)
+        with made_again(recompute.norm, (normed,), lambda: self.mlp_norm(residual)[:1]):
+            return self.mlp(normed, context.split, recompute.activation), residual
+
+    def _all_again(self, normed: Tensor, total: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        def until_down(normed: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+            normed, residual = self.mlp_norm(self.attention(normed, context), total)
+            return tap(self.mlp.up(normed, context.split)), residual
+
+        active, residual = run_again(until_down, normed, total)
+        with made_again(True, (active,), tapped(active)):
+            return self.mlp.down_proj(active, context.split), residual

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import megalite_kernels as kernels
 from megalite.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megalite.layers.recompute import made_again, run_marked
 from megalite.parallel.tensor import UNSPLIT, Shard, TensorSplit
 
 Activation = Literal["swiglu", "geglu", "gelu_tanh", "relu2"]
@@ -44,9 +45,19 @@ class GatedMLP(nn.Module):
             shard, hidden_size, split, name="down_proj", bias=bias, std=down_std, **factory
         )
 
-    def forward(self, x: Tensor, split: TensorSplit | None = None) -> Tensor:
-        """[..., H] → [..., H]; `split` says how the tokens lie, by default as the layer was made."""
-        return self.down_proj(self.activation(self.gate_up_proj(x, split)), split)
+    def up(self, x: Tensor, split: TensorSplit | None = None) -> Tensor:
+        """[..., H] → [..., F / tp], what `down_proj` reads."""
+        return self.activation(self.gate_up_proj(x, split))
+
+    def forward(self, x: Tensor, split: TensorSplit | None = None, again: bool = False) -> Tensor:
+        """[..., H] → [..., H]; `split` says how the tokens lie, by default as the layer was made.
+
+        With `again` the backward pass makes the activation's output again.
+        """
+        inner = self.gate_up_proj(x, split)
+        active = run_marked(again, self.activation, inner)
+        with made_again(again, (active,), lambda: (self.activation(inner),)):
+            return self.down_proj(active, split)
 
 
 class MLP(nn.Module):
@@ -74,6 +85,16 @@ class MLP(nn.Module):
             shard, hidden_size, split, name="down_proj", bias=bias, std=down_std, **factory
         )
 
-    def forward(self, x: Tensor, split: TensorSplit | None = None) -> Tensor:
-        """[..., H] → [..., H]; `split` says how the tokens lie, by default as the layer was made."""
-        return self.down_proj(self.activation(self.up_proj(x, split)), split)
+    def up(self, x: Tensor, split: TensorSplit | None = None) -> Tensor:
+        """[..., H] → [..., F / tp], what `down_proj` reads."""
+        return self.activation(self.up_proj(x, split))
+
+    def forward(self, x: Tensor, split: TensorSplit | None = None, again: bool = False) -> Tensor:
+        """[..., H] → [..., H]; `split` says how the tokens lie, by default as the layer was made.
+
+        With `again` the backward pass makes the activation's output again.
+        """
+        inner = self.up_proj(x, split)
+        active = run_marked(again, self.activation, inner)
+        with made_again(again, (active,), lambda: (self.activation(inner),)):
+            return self.down_proj(active, split)
