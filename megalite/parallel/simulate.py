@@ -76,13 +76,18 @@ class RankTimeline:
     spans: list[Span] = field(default_factory=list)
     busy: float = 0.0
     """Seconds of computation."""
-    exposed: float = 0.0
-    """Seconds of waiting in which what was waited for was travelling."""
+    waits: list[tuple[float, float]] = field(default_factory=list)
+    """(start, end) of waiting in which what was waited for was travelling."""
     memory: list[tuple[float, float]] = field(default_factory=lambda: [(0.0, 0.0)])
     """(time, bytes kept from then on), in order of time."""
     kept: int = 0
     peak_activations: int = 0
     """Most forward passes whose weight gradient was not yet computed: micro-batches · stages."""
+
+    @property
+    def exposed(self) -> float:
+        """Seconds of waiting for something that was travelling."""
+        return sum(end - start for start, end in self.waits)
 
     @property
     def peak_bytes(self) -> float:
@@ -218,7 +223,8 @@ class _Run:
             if self.facts.rank_of[need.stage] != rank:
                 start = max(start, self.left[need] + self.times.send)
                 made = max(made, self.left[need])
-        line.exposed += max(0.0, start - made)
+        if start > made:
+            line.waits.append((made, start))
         end = start + self.times.of(op)
         line.busy += end - start
         line.spans.append(Span(op, start, end))
