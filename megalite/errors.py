@@ -9,13 +9,14 @@ import enum
 
 
 class ExitCode(enum.IntEnum):
-    """Process exit codes of every ``megalite`` command. 74 and 75 follow BSD's sysexits.h."""
+    """Process exit codes of every ``megalite`` command. 69, 74 and 75 follow BSD's sysexits.h."""
 
     DONE = 0
     INTERNAL_ERROR = 1
     BAD_INPUT = 2
     DIVERGED = 3
     BROKEN_CONTRACT = 4
+    RANK_LOST = 69
     IO_ERROR = 74
     PREEMPTED = 75
 
@@ -30,6 +31,12 @@ class DivergedError(UserError):
     """Training ran into more consecutive non-finite steps than allowed."""
 
     exit_code = ExitCode.DIVERGED
+
+
+class RankLostError(UserError):
+    """Another process of the run died, hangs or failed, and this one cannot go on without it."""
+
+    exit_code = ExitCode.RANK_LOST
 
 
 class StorageError(UserError):

@@ -33,6 +33,7 @@ EXIT_CODES = """exit codes:
   2   bad input, configuration or arguments
   3   diverged: too many consecutive non-finite steps
   4   broken contract: a kernel is not as accurate as it promises
+  69  a rank was lost: another process of the run died, hangs or failed; start the run again
   74  input/output error: disk full, not writable, damaged file
   75  preempted: a checkpoint was saved, run the same command again"""
 

@@ -8,6 +8,7 @@ import sys
 
 from megalite.cli.config_file import parse_pretrain, write_toml
 from megalite.errors import ExitCode
+from megalite.parallel.failure import ends_together
 from megalite.parallel.mesh import close_mesh, make_mesh
 
 
@@ -18,8 +19,9 @@ def main(argv: list[str]) -> int:
 
     mesh = make_mesh(config.parallel, config.train.device)
     command = shlex.join(["megalite", "pretrain", *argv])
-    outcome = run_pretraining(config, mesh, command=command, config_toml=write_toml)
-    close_mesh(mesh)
+    with ends_together(mesh.watch):
+        outcome = run_pretraining(config, mesh, command=command, config_toml=write_toml)
+        close_mesh(mesh)
     if mesh.is_first and outcome.code is ExitCode.DONE:
         _print_summary(outcome.result)
     if mesh.is_first and outcome.code is ExitCode.PREEMPTED:

@@ -15,11 +15,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megalite.config import ParallelConfig
 from megalite.errors import UserError
 from megalite.parallel.calls import CallRecord
+from megalite.parallel.failure import Watch
+from megalite.parallel.rendezvous import agree_on_name, open_store
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """Outermost first: rank = ((pp * dp_size + dp) * cp_size + cp) * tp_size + tp, where dp counts shards of a replica
@@ -82,6 +85,8 @@ class Mesh:
     local_size: int = 1
     calls: CallRecord = field(default_factory=CallRecord, compare=False, repr=False)
     """The last collective over any of the axes."""
+    watch: Watch | None = field(default=None, compare=False, repr=False)
+    """Notices when another rank is gone; there in runs of several launched processes."""
 
     @property
     def rank(self) -> int:
@@ -130,9 +135,19 @@ def make_mesh(config: ParallelConfig, device: str = "auto") -> Mesh:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
     if backend == "nccl" and chosen.type != "cuda":
         raise UserError("parallel.backend='nccl' needs GPUs: use 'gloo' or train.device='cuda'")
-    timeout = datetime.timedelta(seconds=config.timeout_s)
-    dist.init_process_group(backend, timeout=timeout)
-    return mesh_of_group(config, chosen, local_rank=local_rank, local_size=local_size)
+    rank, store = int(os.environ.get("RANK", "0")), open_store(config.timeout_s)
+    name = agree_on_name(store, rank, world_size, config.timeout_s)
+    dist.init_process_group(
+        backend,
+        store=PrefixStore(f"{name}/group", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=config.timeout_s),
+    )
+    mesh = mesh_of_group(config, chosen, local_rank=local_rank, local_size=local_size)
+    signs = PrefixStore(f"{name}/watch", open_store(config.timeout_s))
+    watch = Watch(signs, rank, world_size, mesh.calls, config.timeout_s)
+    return dataclasses.replace(mesh, watch=watch)
 
 
 def mesh_of_group(
@@ -215,6 +230,8 @@ def _own_group(groups: list[list[int]], rank: int) -> Axis:
 
 def close_mesh(mesh: Mesh) -> None:
     """Leave the process group; all processes must call it."""
+    if mesh.watch is not None:
+        mesh.watch.stop()  # before the barrier: after it, others may be gone for good reason
     if mesh.world.group is not None:
         # Without the barrier, processes on gloo abort at exit now and then.
         dist.barrier(group=mesh.world.group)

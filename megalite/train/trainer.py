@@ -65,6 +65,7 @@ class Trainer:
         """
         total = self.config.train.steps
         while self.completed_steps < total:
+            self.mesh.calls.step = self.completed_steps + 1
             result, requests = self.train_step(self.completed_steps, stop)
             self.metrics.add(result)
             self.completed_steps = done = result.step

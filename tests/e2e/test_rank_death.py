@@ -1,0 +1,66 @@
+"""One rank of four dies or hangs: the others end in time and name the rank, its host, and what they waited in."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from megalite.train.runlog import read_records
+from tests.helpers.ranks import ranks, wait_until
+from tests.helpers.runs import command, write_config
+from tests.helpers.tiny import make_dataset, tiny_values
+
+LOST = 69
+DOING = r"in [a-z_]+ over [a-z]+ \(collective \d+, step \d+\)"
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("data") / "set")
+
+
+def endless(folder: Path, dataset: Path, timeout_s: float) -> list[str]:
+    """The command of a run that will not finish while the test lasts."""
+    values = tiny_values(
+        dataset,
+        folder / "run",
+        train={"steps": 1_000_000, "log_interval": 1},
+        eval={"interval": 0, "samples": 0},
+        checkpoint={"interval": 0},
+    )
+    values["parallel"] = {"timeout_s": timeout_s}
+    return command("pretrain", str(write_config(folder / "c.toml", values)))
+
+
+def training(folder: Path) -> bool:
+    metrics = folder / "run" / "metrics.jsonl"
+    return metrics.exists() and len(read_records(metrics)) >= 3
+
+
+@pytest.mark.parametrize(
+    ("number", "timeout_s", "limit", "says"),
+    [
+        pytest.param(signal.SIGKILL, 600.0, 30.0, "is gone", id="killed"),
+        pytest.param(
+            signal.SIGSTOP, 5.0, 40.0, r"(does not answer|has not answered for 5 s)", id="stopped",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)  # fmt: skip
+def test_one_of_four(number, timeout_s, limit, says, dataset, tmp_path):
+    with ranks(endless(tmp_path, dataset, timeout_s), 4, tmp_path) as run:
+        wait_until(lambda: training(tmp_path), "the third step")
+        os.kill(run.processes[2].pid, number)
+        codes, seconds = run.wait(but=2, timeout=2 * limit)
+        print(f"all ended {seconds:.1f} s after {number.name}")
+        for rank in (0, 1, 3):
+            host = re.escape(socket.gethostname())
+            expected = rf"rank 2 on host {host} {says}, last heard of {DOING}; rank {rank} was {DOING}"
+            assert re.search(expected, run.said(rank)), run.said(rank)
+    assert codes == [LOST] * 3
+    assert seconds < limit
