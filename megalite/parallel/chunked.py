@@ -13,6 +13,7 @@ Source: Wang et al., ASPLOS 2023 (decomposition of dependent collectives), doi 1
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -35,6 +36,26 @@ def spans(rows: int, chunks: int) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(edges)]
 
 
+def gathered_chunks(shard: Tensor, axis: Axis, chunks: int) -> Iterator[tuple[slice, Tensor]]:
+    """Tokens of all ranks, chunk by chunk, the next on its way while the caller works on one.
+
+    Args:
+        shard: [n, ...], this rank's tokens.
+        chunks: parts of n; they need not divide it.
+
+    Yields:
+        (the chunk's m rows among each rank's n, those rows of all ranks [ranks * m, ...]).
+    """
+    parts = spans(shard.shape[0], chunks)
+    arriving = start_all_gather(shard[parts[0]], axis)
+    for part, following in zip(parts, [*parts[1:], None], strict=True):
+        rows, work = arriving
+        if following is not None:
+            arriving = start_all_gather(shard[following], axis)
+        wait(work)
+        yield part, rows
+
+
 def gather_product(
     shard: Tensor, factor: Tensor, bias: Tensor | None, axis: Axis, chunks: int, *, keep: bool = False
 ) -> tuple[Tensor, Tensor | None]:
@@ -50,19 +71,12 @@ def gather_product(
     Returns:
         (product [ranks * n, O], gathered [ranks * n, I] or None).
     """
-    parts = spans(shard.shape[0], chunks)
-    arriving = start_all_gather(shard[parts[0]], axis)
-    if len(parts) == 1:
-        whole, work = arriving
-        wait(work)
+    if chunks == 1:
+        ((_, whole),) = gathered_chunks(shard, axis, chunks)
         return _product(whole, factor, bias), whole
     gathered = shard.new_empty((axis.size, *shard.shape)) if keep else None
     out = shard.new_empty((axis.size, shard.shape[0], factor.shape[1]))
-    for part, following in zip(parts, [*parts[1:], None], strict=True):
-        rows, work = arriving
-        if following is not None:
-            arriving = start_all_gather(shard[following], axis)
-        wait(work)
+    for part, rows in gathered_chunks(shard, axis, chunks):
         rows = rows.unflatten(0, (axis.size, -1))
         _product(rows, factor, bias, out=out[:, part])
         if gathered is not None:

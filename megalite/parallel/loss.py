@@ -1,22 +1,21 @@
 """Output head and cross-entropy with the vocabulary split over the tensor-parallel axis: one collective per pass.
 
 Each rank computes four numbers per token from its own rows of the head; one all-gather of them gives every rank the
-loss and the logsumexp of the whole vocabulary, from which it makes the gradient of its own rows.
+loss and the logsumexp of the whole vocabulary, from which it makes the gradient of its own rows. The backward pass
+sums the gradient of the hidden states. With sequence parallelism the hidden states are gathered in each pass too.
+In chunks of tokens, a gather or a sum hides behind the products of another chunk.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megalite.parallel.collectives import (
-    all_gather,
-    start_all_reduce,
-    start_reduce_scatter,
-    wait,
-)
+from megalite.parallel.chunked import gathered_chunks, spans
+from megalite.parallel.collectives import Work, all_gather, start_all_reduce, start_reduce_scatter, wait
 from megalite.parallel.tensor import TensorSplit
 from megalite_kernels.ops.cross_entropy_local import cross_entropy_combine
 from megalite_kernels.ops.linear_cross_entropy_local import (
@@ -46,7 +45,8 @@ def vocab_parallel_losses(
 
     Saved: hidden, labels, one float32 per token.
     """
-    return _Losses.apply(hidden, weight, labels, split, first_row, valid_rows, vocab_size, ignore_index)
+    place = {"vocab_start": first_row, "valid_rows": valid_rows, "ignore_index": ignore_index}
+    return _Losses.apply(hidden, weight, labels, split, place, vocab_size)
 
 
 class _Losses(torch.autograd.Function):
@@ -57,42 +57,60 @@ class _Losses(torch.autograd.Function):
         weight: Tensor,
         labels: Tensor,
         split: TensorSplit,
-        first_row: int,
-        valid_rows: int,
+        place: dict[str, Any],
         vocab_size: int,
-        ignore_index: int,
     ) -> Tensor:
-        whole = all_gather(hidden, split.axis) if split.sequence else hidden
-        stats = linear_cross_entropy_local(
-            whole, weight, labels, vocab_start=first_row, valid_rows=valid_rows, ignore_index=ignore_index
-        )
+        stats = hidden.new_empty((4, *labels.shape), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        for part, rows in _chunks(hidden, split, split.chunks if split.sequence else 1):
+            own = linear_cross_entropy_local(rows, weight, _select(labels, part, split).flatten(), **place)
+            _select(stats, part, split).copy_(own.view(4, -1, rows.shape[0] // _ranks(split)))
         every = all_gather(stats, split.axis).view(split.axis.size, *stats.shape)
-        loss, lse = cross_entropy_combine(every, labels, vocab_size=vocab_size, ignore_index=ignore_index)
+        ignore = place["ignore_index"]
+        loss, lse = cross_entropy_combine(every, labels, vocab_size=vocab_size, ignore_index=ignore)
         ctx.save_for_backward(hidden, weight, labels, lse)
-        ctx.split, ctx.place = split, (first_row, valid_rows, vocab_size)
-        ctx.ignore_index = ignore_index
+        ctx.split, ctx.options = split, {**place, "vocab_size": vocab_size}
         return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        """The sum of a chunk's dx hides behind the next chunk's products."""
         hidden, weight, labels, lse = ctx.saved_tensors
-        axis, sequence = ctx.split.axis, ctx.split.sequence
-        whole = all_gather(hidden, axis) if sequence else hidden
-        first_row, valid_rows, vocab_size = ctx.place
-        dx, dweight, _ = linear_cross_entropy_local_grad(
-            whole,
-            weight,
-            labels,
-            lse,
-            dloss.contiguous(),
-            vocab_start=first_row,
-            valid_rows=valid_rows,
-            vocab_size=vocab_size,
-            ignore_index=ctx.ignore_index,
-        )
-        if sequence:
-            dx, summing = start_reduce_scatter(dx, axis)
-        else:
-            summing = start_all_reduce(dx, axis)
-        wait(summing)
-        return dx, dweight, *(None for _ in range(6))
+        split = ctx.split
+        total = torch.zeros_like(weight, dtype=lse.dtype) if split.chunks > 1 else None
+        summed: list[tuple[Tensor, Work]] = []
+        for part, rows in _chunks(hidden, split, split.chunks):
+            of_tokens = (_select(x, part, split).flatten().contiguous() for x in (labels, lse, dloss))
+            dx, dweight, _ = linear_cross_entropy_local_grad(
+                rows, weight, *of_tokens, main_grad=total, **ctx.options
+            )
+            summed.append(_start_sum(dx, split))
+        if total is not None:
+            dweight = total.to(weight.dtype)
+        for _, work in summed:
+            wait(work)
+        dx = summed[0][0] if len(summed) == 1 else torch.cat([part for part, _ in summed])
+        return dx, dweight, *(None for _ in range(4))
+
+
+def _chunks(hidden: Tensor, split: TensorSplit, chunks: int) -> Iterator[tuple[slice, Tensor]]:
+    """(which tokens, hidden [t, H] of them) of the whole batch, as `_select` takes them."""
+    if split.sequence:
+        return gathered_chunks(hidden, split.axis, chunks)
+    return ((part, hidden[part]) for part in spans(hidden.shape[0], chunks))
+
+
+def _ranks(split: TensorSplit) -> int:
+    """Ranks whose tokens lie one after the other in a whole batch."""
+    return split.axis.size if split.sequence else 1
+
+
+def _select(x: Tensor, part: slice, split: TensorSplit) -> Tensor:
+    """A chunk of x [..., T] as `gathered_chunks` cuts it: the same tokens of every rank's part, [..., ranks, m]."""
+    return x.unflatten(-1, (_ranks(split), -1))[..., part]
+
+
+def _start_sum(dx: Tensor, split: TensorSplit) -> tuple[Tensor, Work]:
+    """The sum over the ranks, or this rank's tokens of it, not waited for."""
+    if split.sequence:
+        return start_reduce_scatter(dx, split.axis)
+    return dx, start_all_reduce(dx, split.axis)

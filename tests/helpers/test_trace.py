@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -11,10 +12,10 @@ from torch import Tensor
 
 import megalite_kernels as kernels
 from megalite.config import ParallelConfig
+from megalite.parallel import collectives
 from megalite.parallel.collectives import reduce_scatter, start_all_gather, start_ring_shift, wait
 from megalite.parallel.mesh import mesh_of_group
-from tests.helpers.rank_pool import RankFailure
-from tests.helpers.trace import Events, assert_hidden, trace
+from tests.helpers.trace import Events, assert_hidden, impatient, trace
 
 
 class _Gathered(torch.autograd.Function):
@@ -51,13 +52,38 @@ def backward_job(early: bool) -> None:
     assert [c.name for c in events.computes] == ["aten.mm", "megalite.rms_norm_bwd"], events
 
 
+def rejected_job() -> None:
+    with pytest.raises(AssertionError, match=r"1 exposed, not 0 \(all_gather at 0\)"):
+        backward_job(True)
+
+
 def test_launch_product_wait_in_the_backward_pass(rank_pool: Any) -> None:
     rank_pool(2).run(backward_job, False)
 
 
 def test_an_early_wait_fails(rank_pool: Any) -> None:
-    with pytest.raises(RankFailure, match=r"1 exposed, not 0 \(all_gather at 0\)"):
-        rank_pool(2).run(backward_job, True)
+    rank_pool(2).run(rejected_job)
+
+
+def impatient_job() -> None:
+    axis, x = mesh_of_world().tp, torch.randn(4, 4)
+    with trace() as events:
+        for planted in (
+            contextlib.nullcontext(),
+            impatient(collectives, "start_all_gather", "start_ring_shift"),
+        ):
+            with planted:
+                _, work = collectives.start_all_gather(x, axis)
+                _, works = collectives.start_ring_shift(x, axis)
+                x @ x
+                for one in (work, *works):
+                    collectives.wait(one)
+    assert [bool(events.behind(launch)) for launch in events.launches] == [True] * 3 + [False] * 3, events
+    assert all(launch.waited is not None for launch in events.launches)
+
+
+def test_impatience_waits_at_once(rank_pool: Any) -> None:
+    rank_pool(2).run(impatient_job)
 
 
 def accounts_job() -> dict[str, Any]:

@@ -181,6 +181,37 @@ def trace() -> Iterator[Events]:
         launch.work = None  # it keeps the tensors alive
 
 
+@contextlib.contextmanager
+def impatient(module: Any, *names: str) -> Iterator[None]:
+    """A planted error: functions of `module` that start collectives wait for them before they return.
+
+    Args:
+        module: the one that uses them, e.g. megalite.parallel.tensor.
+        names: functions that return a work or a list of them, alone or behind a tensor.
+    """
+    originals = {name: getattr(module, name) for name in names}
+    for name, start in originals.items():
+        setattr(module, name, _and_wait(start))
+    try:
+        yield
+    finally:
+        for name, start in originals.items():
+            setattr(module, name, start)
+
+
+def _and_wait(start: Callable[..., Any]) -> Callable[..., Any]:
+    def started(*args: Any, **kwargs: Any) -> Any:
+        out = start(*args, **kwargs)
+        works = out[-1] if isinstance(out, tuple) else out
+        for work in works if isinstance(works, list) else [works]:
+            if work is not None:
+                work.wait()
+        nothing: Any = [] if isinstance(works, list) else None
+        return (*out[:-1], nothing) if isinstance(out, tuple) else nothing
+
+    return started
+
+
 class _Recorder(TorchDispatchMode):
     def __init__(self, events: Events) -> None:
         super().__init__()
