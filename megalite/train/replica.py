@@ -216,7 +216,7 @@ def build_replica(
         embedding=0 in own,
         head=plan.num_stages - 1 in own,
     )
-    split = TensorSplit(mesh.tp, parallel.sequence_parallel and mesh.tp.size > 1)
+    split = TensorSplit(mesh.tp, parallel.sequence_parallel and mesh.tp.size > 1, parallel.tp_chunks)
     model = Transformer(config, split, part=part, device=mesh.device)
     fill(model)
     state = make_state(model, mesh, dtype, parallel)

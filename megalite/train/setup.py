@@ -166,7 +166,8 @@ def validate_layout(config: RunConfig, mesh: Mesh) -> None:
 
 def tensor_split(config: RunConfig, mesh: Mesh) -> TensorSplit:
     """How the layers are cut on this mesh."""
-    return TensorSplit(mesh.tp, config.parallel.sequence_parallel and mesh.tp.size > 1)
+    parallel = config.parallel
+    return TensorSplit(mesh.tp, parallel.sequence_parallel and mesh.tp.size > 1, parallel.tp_chunks)
 
 
 def find_checkpoint(
