@@ -68,7 +68,10 @@ def start_reduce_scatter(whole: Tensor, axis: Axis, out: Tensor | None = None) -
 
 def start_all_gather_into(whole: Tensor, shard: Tensor, axis: Axis) -> Work:
     """Fill `whole` [n · s] with the shards [s] of all ranks, not waited for; `shard` may be this rank's part of it."""
-    return None if axis.group is None else _all_gather(whole, shard, group=axis.group, async_op=True)
+    if axis.group is None:
+        return None
+    axis.note("all_gather")
+    return _all_gather(whole, shard, group=axis.group, async_op=True)
 
 
 def start_reduce_scatter_into(shard: Tensor, whole: Tensor, axis: Axis) -> Work:
@@ -76,7 +79,10 @@ def start_reduce_scatter_into(shard: Tensor, whole: Tensor, axis: Axis) -> Work:
 
     `shard` may be that part of `whole` itself. On an axis of one process it must be: nothing is copied.
     """
-    return None if axis.group is None else _reduce_scatter(shard, whole, group=axis.group, async_op=True)
+    if axis.group is None:
+        return None
+    axis.note("reduce_scatter")
+    return _reduce_scatter(shard, whole, group=axis.group, async_op=True)
 
 
 def wait(work: Work) -> None:
@@ -133,6 +139,15 @@ def receive(buffer: Tensor, axis: Axis, rank: int) -> Tensor:
     axis.note("receive")
     dist.recv(buffer, group=axis.group, group_src=rank)
     return buffer
+
+
+def start_all_to_all(x: Tensor, axis: Axis) -> tuple[Tensor, Work]:
+    """As `all_to_all` with x [n · s] in n equal blocks, not waited for: (received, what to wait for)."""
+    if axis.group is None:
+        return x, None
+    received = torch.empty_like(x)
+    axis.note("all_to_all")
+    return received, dist.all_to_all_single(received, x, group=axis.group, async_op=True)
 
 
 def broadcast(tensor: Tensor, axis: Axis, source: int = 0) -> Tensor:

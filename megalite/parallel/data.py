@@ -18,19 +18,17 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from megalite.config import ParallelConfig
 from megalite.parallel.buckets import Bucket, Slot, make_group, plan_slots
-from megalite.parallel.collectives import (
-    start_all_gather_into,
-    start_all_reduce,
-    start_reduce_scatter_into,
-    wait,
-)
+from megalite.parallel.collectives import all_reduce_sum
+from megalite.parallel.gathering import WeightGatherer
 from megalite.parallel.gradients import GradientSink, set_sink
 from megalite.parallel.mesh import ALONE, Mesh
 from megalite.parallel.partial import box_copies, sum_partial
 from megalite.parallel.pieces import Box, Piece
+from megalite.parallel.reduction import GradientReducer
 from megalite.parallel.state import Kind, OptimizerShard
 
 
@@ -62,27 +60,35 @@ class FlatBuffers:
             for kind in ("master", "exp_avg", "exp_avg_sq", "main_grad")
         }
         self._copies = box_copies(self._boxes["main_grad"], mesh, self.replicate.size)
-        self._finite = torch.ones((), dtype=torch.bool, device=mesh.device)
-        self._hooks = [self._catch_gradient(bucket, slot) for bucket, slot in self._slots()]
+        wide = self.buckets[0].main_grad.dtype
+        wire = torch.bfloat16 if parallel.grad_reduce_dtype == "bf16" else wide
+        self.reducer = GradientReducer(self.buckets, self.shard, self.replicate, wire)
+        self.gatherer = WeightGatherer(model, self.buckets[::-1], self.shard)
+        self._hooks = [
+            self._catch_gradient(bucket.slots[j], bucket.main_grad, i, j)
+            for i, bucket in enumerate(self.buckets)
+            for j in range(len(bucket.slots))
+        ]
 
     def _slots(self) -> Iterator[tuple[Bucket, Slot]]:
         for bucket in self.buckets:
             for slot in bucket.slots:
                 yield bucket, slot
 
-    def _catch_gradient(self, bucket: Bucket, slot: Slot) -> torch.utils.hooks.RemovableHandle:
+    def _catch_gradient(self, slot: Slot, flat: Tensor, bucket: int, number: int) -> RemovableHandle:
         """Add a parameter's gradients to its main gradient, whichever way they come.
 
         A layer that knows sinks accumulates a matrix's gradient itself, and autograd then has none for it.
         """
-        main_grad = slot.view(bucket.main_grad)
+        main_grad, arrived = slot.view(flat), self.reducer.arrived
         if slot.parameter.dim() == 2:
-            set_sink(slot.parameter, GradientSink(main_grad, lambda: None))
+            set_sink(slot.parameter, GradientSink(main_grad, lambda: arrived(bucket, number)))
 
         def add(parameter: Tensor) -> None:
             if parameter.grad is not None:
                 main_grad.add_(parameter.grad)
                 parameter.grad = None
+                arrived(bucket, number)
 
         return slot.parameter.register_post_accumulate_grad_hook(add)
 
@@ -90,40 +96,41 @@ class FlatBuffers:
         """See `ModelState`."""
         for group in self.groups:
             group.main_grad.zero_()
+        self.reducer.start_step(num_microbatches)
 
     @torch.no_grad()
     def finish_gradients(self) -> None:
         """See `ModelState`."""
-        finite = [torch.isfinite(bucket.main_grad.sum()) for bucket in self.buckets]
-        self._finite = torch.stack(finite).all()
-        for bucket in self.buckets:
-            wait(start_reduce_scatter_into(bucket.main_grad[bucket.own], bucket.main_grad, self.shard))
-            wait(start_all_reduce(bucket.main_grad[bucket.own], self.replicate))
+        self.reducer.finish()
         sum_partial(self._boxes["main_grad"], self.mesh.tp)
-        for bucket in self.buckets:
-            if bucket.tied:
-                wait(start_all_reduce(bucket.main_grad[bucket.own], self.mesh.tied))
+        tied = [bucket.main_grad[bucket.own] for bucket in self.buckets if bucket.tied]
+        if len(tied) == 2:  # a pipeline in the shape of a V: both ends are on this process
+            tied[0].add_(tied[1])
+            tied[1].copy_(tied[0])
+        elif tied:
+            all_reduce_sum(tied[0], self.mesh.tied)
 
     def local_finite(self) -> Tensor:
         """See `ModelState`; of the step whose gradients were finished last."""
-        return self._finite
+        return self.reducer.local_finite()
 
     def optimizer_shards(self) -> list[OptimizerShard]:
         """See `ModelState`: one for each bucket."""
+        self.settle()
         return [bucket.shard() for bucket in self.buckets]
 
     @torch.no_grad()
     def publish(self) -> None:
         """See `ModelState`."""
-        works = [
-            start_all_gather_into(bucket.weights, bucket.weights[bucket.own], self.shard)
-            for bucket in reversed(self.buckets)
-        ]
-        for work in works:
-            wait(work)
+        self.gatherer.start()
+
+    def settle(self) -> None:
+        """See `ModelState`."""
+        self.gatherer.settle()
 
     def boxes(self, kind: Kind) -> list[Box]:
         """See `ModelState`."""
+        self.settle()
         return self._boxes[kind]
 
     def box_copies(self) -> list[int]:
@@ -142,9 +149,11 @@ class FlatBuffers:
         for bucket in self.buckets:
             bucket.weights[bucket.own].copy_(bucket.master)
         self.publish()
+        self.settle()
 
     def release(self) -> None:
         """See `ModelState`."""
+        self.gatherer.release()
         for hook in self._hooks:
             hook.remove()
         self._hooks = []

@@ -54,6 +54,10 @@ class ModelState(Protocol):
         """After an update: start bringing the new weights to the ranks that need them; the forward pass waits."""
         ...
 
+    def settle(self) -> None:
+        """Wait for what `publish` started, before somebody else than the forward pass reads the model's weights."""
+        ...
+
     def boxes(self, kind: Kind) -> list[Box]:
         """The parts of all tensors that this process updates, always in the same order.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,11 +108,16 @@ def steps_on_rank(
     batches: list[MicroBatch],
     steps: int = 3,
     compute: torch.dtype | None = None,
+    change: Callable[[Any], None] = lambda state: None,
 ) -> RankSteps:
-    """This rank's part of the steps; the weights are computed with in `compute` (default: dtype)."""
+    """This rank's part of the steps; the weights are computed with in `compute` (default: dtype).
+
+    `change` is called with the state before the first step: to break it on purpose.
+    """
     mesh = mesh_of_group(layout, CPU)
     model = build(MODELS[name], TensorSplit(mesh.tp, layout.sequence_parallel and mesh.tp.size > 1), dtype)
     state = make_state(model, mesh, compute or dtype, layout)
+    change(state)
     scale, outcome = 1 / valid_labels(batches), RankSteps(copies=state.box_copies())
     mine = batches[mesh.dp.rank :: mesh.dp.size]
     for _ in range(steps):

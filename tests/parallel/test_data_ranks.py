@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from megalite.config import ParallelConfig
+from megalite.parallel.data import FlatBuffers
+from megalite.parallel.mesh import ALONE
 from tests.parallel.states import assert_same, compare, make_batches, one_process, put_together, steps_on_rank
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -80,3 +82,50 @@ def test_bf16_weights_are_the_rounded_masters_on_all_ranks(rank_pool):
     for (name, offset), part in masters.items():
         place = tuple(slice(o, o + n) for o, n in zip(offset, part.shape, strict=True))
         assert torch.equal(got.weights[name][place], part.bfloat16()), name
+
+
+def leave_out_one_reduction(state: FlatBuffers) -> None:
+    reducer = state.reducer
+    launch, axes = reducer._launch, (reducer.shard, reducer.replicate)
+
+    def launch_all_but_one() -> None:
+        reducer.shard, reducer.replicate = (ALONE, ALONE) if len(reducer._running) == 2 else axes
+        launch()
+
+    reducer._launch = launch_all_but_one  # type: ignore[method-assign]
+
+
+def leave_out_one_gather(state: FlatBuffers) -> None:
+    state.gatherer.buckets = state.gatherer.buckets[:-1]
+
+
+def reduce_too_early(state: FlatBuffers) -> None:
+    """As if the second step had half as many micro-batches."""
+    start_step, counts = state.reducer.start_step, iter((2, 1))
+    state.reducer.start_step = lambda _: start_step(next(counts))  # type: ignore[method-assign]
+
+
+def count_every_element_twice(state: FlatBuffers) -> None:
+    state.box_copies = lambda: [1] * len(state.boxes("master"))  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("change", "layout", "complaint"),
+    [
+        (leave_out_one_reduction, {}, "ranks differ|gradient of"),
+        (leave_out_one_reduction, {"zero": 0}, "ranks differ"),
+        (leave_out_one_gather, {}, "ranks differ|assert all"),
+        (reduce_too_early, {}, "arrived after those of all 1 micro-batches that start_step was told of"),
+        (count_every_element_twice, {"zero": 0}, "elements counted|norms|assert abs"),
+    ],
+)
+def test_a_broken_state_is_caught(rank_pool, change, layout, complaint):
+    batches, parallel = make_batches(4), ParallelConfig(bucket_size=800, **layout)
+
+    def run_and_compare() -> None:
+        job = (parallel, "llama", torch.float64, batches, 3, None, change)
+        got = put_together(rank_pool(2).run(steps_on_rank, *job))
+        assert_same(got, one_process("llama", torch.float64, batches), 1e-10)
+
+    with pytest.raises(AssertionError, match=complaint):
+        run_and_compare()

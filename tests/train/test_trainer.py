@@ -14,6 +14,7 @@ import megalite_kernels
 from megalite.config import IGNORE_INDEX, ParallelConfig, RunConfig
 from megalite.data.loader import MicroBatch
 from megalite.errors import DivergedError, ExitCode, UserError
+from megalite.parallel.gradients import get_sink
 from megalite.parallel.mesh import Mesh, mesh_of_group
 from megalite.train.replay import replay
 from megalite.train.run import run_pretraining
@@ -254,7 +255,9 @@ def poison(trainer: Trainer, steps: set[int], value: float = math.nan) -> None:
         return batches
 
     weight = trainer.model.layers[1].mlp.gate_up_proj.weight
-    weight.register_hook(lambda grad: grad * value if trainer.model.poisoned else grad)
+    sink = get_sink(weight)
+    add = sink.add
+    sink.add = lambda dy, x: add(dy * value if trainer.model.poisoned else dy, x)  # type: ignore[method-assign]
     trainer.load = load  # type: ignore[method-assign]
 
 
