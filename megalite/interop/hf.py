@@ -19,10 +19,11 @@ from torch import Tensor
 from megalite.config import ModelConfig
 from megalite.errors import UserError
 from megalite.interop.hf_config import config_from_hf, config_to_hf
-from megalite.interop.hf_weights import DTYPES, MAX_SHARD_BYTES, read_pieces, write_weights
-from megalite.models.families import hf_tensors, piece_shapes
+from megalite.interop.hf_weights import DTYPES, read_pieces, write_weights
+from megalite.interop.tensor_file import MAX_FILE_BYTES
+from megalite.models.families import hf_tensors
 from megalite.models.transformer import Transformer
-from megalite.parallel.pieces import Box, iter_pieces, piece_view
+from megalite.parallel.pieces import iter_pieces, piece_view
 
 __all__ = [
     "DTYPES",
@@ -109,24 +110,20 @@ def load_folder(
 
 @torch.no_grad()
 def load_pieces(model: Transformer, pieces: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy every whole piece into `model`, or the parts of them that it holds; vocabulary padding becomes zero.
+    """Copy every piece into `model`; vocabulary padding rows become zero.
 
     Raises:
         UserError: a piece is missing or has no place in the model.
     """
-    own = (Box(piece, piece.offset, piece_view(p, piece)) for p, _, piece in iter_pieces(model))
-    places = {box.piece.name: box for box in own}
-    missing = set(piece_shapes(model.config))
+    places = {piece.name: piece_view(parameter, piece) for parameter, _, piece in iter_pieces(model)}
     for parameter in model.parameters():
         parameter.zero_()
     for name, value in pieces:
-        if name not in missing:
+        if name not in places:
             raise UserError(f"{name} has no place in the model")
-        missing.discard(name)
-        if name in places:
-            places[name].tensor.copy_(value[places[name].index])
-    if missing:
-        raise UserError(f"nothing was given for {', '.join(sorted(missing))}")
+        places.pop(name).copy_(value)
+    if places:
+        raise UserError(f"nothing was given for {', '.join(sorted(places))}")
 
 
 def model_pieces(model: Transformer) -> dict[str, Tensor]:
@@ -141,7 +138,7 @@ def export_folder(
     *,
     texts: Mapping[str, str],
     dtype: torch.dtype | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int = MAX_FILE_BYTES,
 ) -> Path:
     """Write a folder that ``transformers.AutoModelForCausalLM.from_pretrained`` loads. All or nothing.
 
@@ -168,8 +165,6 @@ def export_folder(
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
         write_weights(temporary, tensors, pieces.__getitem__, dtype=dtype, max_shard_bytes=max_shard_bytes)
-        for path in temporary.glob("*.safetensors"):  # the library makes them readable by their owner alone
-            shutil.copymode(temporary / CONFIG_FILE, path)
         os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

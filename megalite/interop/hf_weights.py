@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megalite.config import ModelConfig
-from megalite.errors import StorageError, UserError
+from megalite.errors import UserError
+from megalite.interop.tensor_file import (
+    INDEX_SUFFIX,
+    MAX_FILE_BYTES,
+    Entry,
+    get_tensor,
+    index_text,
+    open_tensors,
+    plan_files,
+)
 from megalite.models.families import HfTensor, base_prefix, hf_tensors
 
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-MAX_SHARD_BYTES = 5 * 10**9
+WEIGHTS_STEM = "model"
+WEIGHTS_FILE = f"{WEIGHTS_STEM}.safetensors"
+INDEX_FILE = WEIGHTS_STEM + INDEX_SUFFIX
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Constants that older versions of transformers stored beside the weights.
 _STORED_CONSTANTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
@@ -39,8 +45,8 @@ def read_pieces(folder: str | Path, config: ModelConfig) -> Iterator[tuple[str, 
     for tensor in expected:
         path = files[names[tensor.name]]
         if path not in opened:
-            opened = {path: _open(path)}
-        value = _get(opened[path], names[tensor.name], path)
+            opened = {path: open_tensors(path)}
+        value = get_tensor(opened[path], names[tensor.name], path)
         if tuple(value.shape) != tensor.shape:
             raise UserError(
                 f"{path}: {tensor.name} has shape {list(value.shape)}, but config.json says "
@@ -58,32 +64,30 @@ def write_weights(
     piece: Callable[[str], Tensor],
     *,
     dtype: torch.dtype | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Write the tensors as one safetensors file, or as several with an index where they are larger."""
-    shards: list[list[HfTensor]] = [[]]
-    used = total = 0
-    for tensor in tensors:
-        num_bytes = math.prod(tensor.shape) * (dtype or piece(tensor.parts[0].piece).dtype).itemsize
-        if shards[-1] and used + num_bytes > max_shard_bytes:
-            shards.append([])
-            used = 0
-        shards[-1].append(tensor)
-        used += num_bytes
-        total += num_bytes
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards, 1):
-        name = WEIGHTS_FILE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        values = {t.name: t.assemble(piece) for t in shard}
-        values = {name: value.to("cpu", dtype or value.dtype) for name, value in values.items()}
-        try:
-            save_file(values, folder / name, metadata={"format": "pt"})
-        except SafetensorError as error:  # it wraps the operating system's error in text
-            raise OSError(f"{folder / name}: {error}") from error
-        weight_map |= dict.fromkeys(values, name)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    """Write the tensors as one safetensors file, or as several with an index where they are larger.
+
+    Args:
+        folder: where.
+        tensors: what the files hold.
+        piece: the whole piece of a canonical name.
+        dtype: what values are cast to; None keeps each tensor's.
+        max_shard_bytes: largest file.
+
+    Raises:
+        OSError: the disk is full, or the place cannot be written.
+    """
+    entries = [Entry(t.name, t.shape, dtype or piece(t.parts[0].piece).dtype) for t in tensors]
+    files = plan_files(entries, WEIGHTS_STEM, max_bytes=max_shard_bytes)
+    by_name = {t.name: t for t in tensors}
+    for file in files:
+        file.create(folder)
+        with file.writer(folder) as out:
+            for name, entry in file.entries.items():
+                out.write(name, (0,) * len(entry.shape), by_name[name].assemble(piece).to("cpu", entry.dtype))
+    if len(files) > 1:
+        (folder / INDEX_FILE).write_text(index_text(files), encoding="utf-8")
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
@@ -102,7 +106,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         raise UserError(f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}{hint}")
     files: dict[str, Path] = {}
     for path in paths:
-        with _open(path) as stored:
+        with open_tensors(path) as stored:
             files |= dict.fromkeys(stored.keys(), path)
     return files
 
@@ -137,27 +141,12 @@ def _check_tied_head(files: Mapping[str, Path], config: ModelConfig) -> None:
         embedding if embedding in files else embedding.removeprefix(base_prefix(config)),
         "lm_head.weight",
     )
-    first, second = (_get(_open(files[name]), name, files[name]) for name in names)
+    first, second = (get_tensor(open_tensors(files[name]), name, files[name]) for name in names)
     if not torch.equal(first, second):
         raise UserError(
             f"{files['lm_head.weight']}: lm_head.weight differs from the embedding, but config.json says "
             "tie_word_embeddings=True: set it to false"
         )
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"{path} cannot be read as safetensors: {error}") from error
-
-
-def _get(stored: Any, name: str, path: Path) -> Tensor:
-    try:
-        value: Tensor = stored.get_tensor(name)
-    except SafetensorError as error:
-        raise StorageError(f"{path}: {name} cannot be read: {error}") from error
-    return value
 
 
 def _some(names: list[str]) -> str:

@@ -29,6 +29,10 @@ AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 before replicas."""
 
 
+HOST_TIMEOUT = datetime.timedelta(hours=1)
+"""A slow disk is no failure, and a rank that died is noticed by the training thread's own collectives."""
+
+
 @dataclass(frozen=True, slots=True)
 class Axis:
     """One axis of the mesh as this process sees it."""
@@ -226,6 +230,17 @@ def _own_group(groups: list[list[int]], rank: int) -> Axis:
         if rank in members:
             found = Axis(len(members), members.index(rank), group)
     return found
+
+
+def host_axis(mesh: Mesh) -> Axis:
+    """All ranks once more, on gloo: a group for host data that no other thread uses. All processes must call it.
+
+    The thread that writes checkpoints talks over it while the training thread uses the mesh's own groups.
+    """
+    if mesh.world.group is None:
+        return ALONE
+    group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
+    return Axis(mesh.world.size, mesh.world.rank, group, name="host")
 
 
 def close_mesh(mesh: Mesh) -> None:

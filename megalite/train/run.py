@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import platform
 import subprocess
@@ -20,9 +19,9 @@ from megalite.config import RunConfig
 from megalite.config_values import to_dict
 from megalite.data.dataset import open_prepared
 from megalite.errors import ExitCode
-from megalite.models.families import piece_shapes
 from megalite.parallel.collectives import barrier
 from megalite.parallel.mesh import Mesh
+from megalite.parallel.pieces import iter_pieces
 from megalite.train.baselines import compute_baselines
 from megalite.train.flops import table_peak_tflops
 from megalite.train.report import write_report
@@ -144,7 +143,12 @@ def _announce(session: Session, command: str, setup_s: float, config_toml: str) 
     log.write_json("run.json", facts)
     kind = "resume" if session.resumed_from else "start"
     details = {"changed": list(session.changed_environment)} if session.resumed_from else {}
-    log.event(kind, trainer.completed_steps, environment=environment(trainer.mesh), **details)
+    log.event(
+        kind,
+        trainer.completed_steps,
+        environment=environment(trainer.mesh, session.config.parallel),
+        **details,
+    )
     missing = sorted(
         {why for choice in explain(trainer.mesh.device.type) for why in choice.passed_over.values()}
     )
@@ -169,13 +173,14 @@ def _announce(session: Session, command: str, setup_s: float, config_toml: str) 
 def run_facts(session: Session, command: str, setup_s: float) -> dict[str, Any]:
     """Everything about a run that does not change while it goes on (run.json)."""
     config, precision, mesh = session.config, session.precision, session.trainer.mesh
-    total = sum(math.prod(shape) for shape in piece_shapes(config.model).values())
+    shapes = [piece.global_shape for _, _, piece in iter_pieces(session.trainer.model)]
+    total = sum(torch.Size(shape).numel() for shape in shapes)
     embedding = config.model.vocab_size * config.model.hidden_size
     folders = open_prepared(config.data.datasets)
     splits = [folder.split("train") for folder in folders]
     train_tokens, train_bytes = sum(s.tokens for s in splits), sum(s.bytes for s in splits)
     table = table_peak_tflops(mesh.device)
-    versions = environment(mesh)
+    versions = environment(mesh, config.parallel)
     return {
         "name": config.name,
         "command": command,

@@ -5,26 +5,35 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-from megalite.train.checkpoint import Snapshot, keep_last, write_snapshot
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from megalite.parallel.mesh import ALONE, Axis
+from megalite.train.checkpoint_save import write_snapshot
+from megalite.train.checkpoint_snapshot import Snapshot
 
 
 class Saver:
     """Writes snapshots under ``root`` while training goes on.
 
-    Only one is in flight: a second `save` waits for the first. A failed write keeps every earlier checkpoint
-    and is raised by the next `wait` or `save`.
+    Only one is in flight: a second `save` waits for the first. A failed write, on whichever process, keeps
+    every earlier checkpoint and is raised on all of them by the next `wait` or `save`.
 
     Args:
         root: the run's ``checkpoints`` folder.
         keep: checkpoints kept; 0 keeps all.
         asynchronous: False writes before `save` returns.
+        axis: all processes; its group is for this alone, because the writing thread of each process uses it while
+            training goes on (`host_axis`).
     """
 
-    def __init__(self, root: Path, *, keep: int, asynchronous: bool) -> None:
+    def __init__(self, root: Path, *, keep: int, asynchronous: bool, axis: Axis = ALONE) -> None:
         self.root = root
         self.keep = keep
         self.asynchronous = asynchronous
+        self.axis = axis
         self.last_saved: Path | None = None
+        self.mine: frozenset[MetadataIndex] | None = None
+        """What this process writes, known after the first save: later snapshots copy nothing else."""
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -41,8 +50,8 @@ class Saver:
 
     def _write(self, snapshot: Snapshot) -> None:
         try:
-            self.last_saved = write_snapshot(snapshot, self.root)
-            keep_last(self.root, self.keep)
+            saved, mine = write_snapshot(snapshot, self.root, axis=self.axis, keep=self.keep)
+            self.last_saved, self.mine = saved, mine
         except BaseException as error:  # handed to the training thread
             self._error = error
 

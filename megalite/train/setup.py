@@ -14,7 +14,7 @@ import torch
 
 import megalite
 import megalite_kernels
-from megalite.config import ModelConfig, RunConfig
+from megalite.config import ModelConfig, ParallelConfig, RunConfig
 from megalite.config_values import to_dict
 from megalite.data.dataset import load_datasets, open_prepared
 from megalite.data.loader import TrainLoader
@@ -27,9 +27,13 @@ from megalite.models.families import hf_tensors
 from megalite.models.transformer import Transformer
 from megalite.optim.adamw import AdamW
 from megalite.parallel.collectives import broadcast_object
-from megalite.parallel.mesh import Mesh
+from megalite.parallel.data import FlatBuffers
+from megalite.parallel.mesh import Mesh, host_axis
 from megalite.parallel.random import initialize
-from megalite.train.checkpoint import latest_checkpoint, load_state, read_manifest, take_snapshot
+from megalite.parallel.tensor import TensorSplit
+from megalite.train.checkpoint import latest_checkpoint, read_manifest
+from megalite.train.checkpoint_load import load_state
+from megalite.train.checkpoint_snapshot import take_snapshot
 from megalite.train.flops import (
     FlopsPerToken,
     Precision,
@@ -39,7 +43,6 @@ from megalite.train.flops import (
 )
 from megalite.train.guard import StepGuard
 from megalite.train.metrics import Metrics, ProgressLine
-from megalite.train.replica import Replica, build_replica
 from megalite.train.runlog import RunLog, TensorBoard
 from megalite.train.saver import Saver
 from megalite.train.stop import StopSignal
@@ -108,30 +111,26 @@ def build_session(config: RunConfig, mesh: Mesh, *, replay_step: int | None = No
     measured = settle_precision(config, mesh, manifest) if mesh.is_first else None
     precision: Precision = broadcast_object(measured, mesh.world)
 
-    replica = build_replica(
-        config.model,
-        # Checkpoints are written by one process, which needs all of the state.
-        dataclasses.replace(config.parallel, zero=0),
-        mesh,
-        dtype=precision.dtype,
-        micro_batch_tokens=config.train.micro_batch_size * config.train.seq_length,
-        seq_length=config.train.seq_length,
-        fill=lambda model: None if manifest else fill_weights(model, config),
-        recompute=config.recompute,
-    )
-    optimizer = AdamW(replica.state, config.optimizer, mesh.world)
+    model = Transformer(config.model, tensor_split(config, mesh), device=mesh.device)
+    if not manifest:
+        fill_weights(model, config)
+    # Checkpoints are written by one process, which needs all of the state.
+    undivided = dataclasses.replace(config.parallel, zero=0)
+    buffers = FlatBuffers(model, mesh, precision.dtype, undivided)
+    optimizer = AdamW(buffers, config.optimizer, mesh.world)
     guard = StepGuard(mesh.device, sigma=config.train.spike_sigma, skip_spikes=config.train.skip_spikes)
+    host = host_axis(mesh)
     if found and manifest:
-        state = load_state(found, manifest, replica.state, hf_tensors(config.model))  # type: ignore[arg-type]
+        tensors, tied = hf_tensors(config.model), mesh.tied.rank
+        state = load_state(found, manifest, buffers, tensors, axis=host, tied_rank=tied)
         optimizer.step_count.copy_(state.pop("step_count"))
         guard.load_state(state)
 
     flops = flops_per_token(config.model, config.train.seq_length)
     trainer = _make_trainer(
         config,
-        replica,
-        optimizer,
-        guard,
+        mesh,
+        TrainedState(model, buffers, optimizer, guard),
         tokenizer,
         flops,
         precision,
@@ -139,9 +138,11 @@ def build_session(config: RunConfig, mesh: Mesh, *, replay_step: int | None = No
         recording=mesh.is_first and replay_step is None,
     )
     keep, asynchronous = config.checkpoint.keep_last, config.checkpoint.asynchronous
-    saver = Saver(Path(config.directory) / "checkpoints", keep=keep, asynchronous=asynchronous)
+    saver = Saver(Path(config.directory) / "checkpoints", keep=keep, asynchronous=asynchronous, axis=host)
     trainer.save = lambda done: save_checkpoint(trainer, saver, precision, done)
-    changed = changed_environment(manifest["environment"], environment(mesh)) if manifest else ()
+    changed = (
+        changed_environment(manifest["environment"], environment(mesh, config.parallel)) if manifest else ()
+    )
     return Session(config, trainer, saver, StopSignal(mesh), precision, flops, found, changed)
 
 
@@ -158,17 +159,21 @@ def validate_layout(config: RunConfig, mesh: Mesh) -> None:
             "checkpoints are written by one replica): leave all three at 1"
         )
     config.train.validate_world(mesh.dp.size)
-    for size in config.train.batch_sizes:
-        config.parallel.validate_microbatches(size // (config.train.micro_batch_size * mesh.dp.size))
     tokens = config.train.micro_batch_size * config.train.seq_length
     parts = (2 * mesh.cp.size if mesh.cp.size > 1 else 1) * (
-        mesh.tp.size if config.parallel.sequence_parallel else 1
+        mesh.tp.size if tensor_split(config, mesh).sequence else 1
     )
     if tokens % parts:
         raise UserError(
             f"train.micro_batch_size · train.seq_length = {tokens} tokens must be a multiple of {parts} to be divided "
             f"over parallel.tp={mesh.tp.size} (sequence parallel) and 2 · parallel.cp={mesh.cp.size} chunks"
         )
+
+
+def tensor_split(config: RunConfig, mesh: Mesh) -> TensorSplit:
+    """How the layers are cut on this mesh."""
+    parallel = config.parallel
+    return TensorSplit(mesh.tp, parallel.sequence_parallel and mesh.tp.size > 1, parallel.tp_chunks)
 
 
 def find_checkpoint(
@@ -190,11 +195,20 @@ def find_checkpoint(
     return found, manifest
 
 
+@dataclass(frozen=True, slots=True)
+class TrainedState:
+    """What a checkpoint fills: the model's buffers, the optimizer and the guard."""
+
+    model: Transformer
+    buffers: FlatBuffers
+    optimizer: AdamW
+    guard: StepGuard
+
+
 def _make_trainer(
     config: RunConfig,
-    replica: Replica,
-    optimizer: AdamW,
-    guard: StepGuard,
+    mesh: Mesh,
+    state: TrainedState,
     tokenizer: Tokenizer,
     flops: FlopsPerToken,
     precision: Precision,
@@ -203,15 +217,17 @@ def _make_trainer(
     recording: bool,
 ) -> Trainer:
     """The trainer after `step` completed steps; `recording` is whether this process writes the run's files."""
-    mesh, run_dir = replica.mesh, Path(config.directory)
+    run_dir = Path(config.directory)
     log = RunLog(run_dir, enabled=recording)
     log.continue_after(step)
     datasets = config.data.datasets
     return Trainer(
         config=config,
-        replica=replica,
-        optimizer=optimizer,
-        guard=guard,
+        mesh=mesh,
+        model=state.model,
+        buffers=state.buffers,
+        optimizer=state.optimizer,
+        guard=state.guard,
         loader=TrainLoader(
             load_datasets(datasets, seq_length=config.train.seq_length, seed=config.data.seed),
             micro_batch_size=config.train.micro_batch_size,
@@ -318,18 +334,17 @@ def check_tokenizer(stored: str, now: str, where: Path) -> None:
 
 
 def save_checkpoint(trainer: Trainer, saver: Saver, precision: Precision, step: int) -> None:
-    """Snapshot the run after `step` completed steps; the first rank writes it in the background.
+    """Snapshot the run after `step` completed steps; all ranks write it in the background, each what it holds.
 
-    A write that fails (a full disk) ends the run, with every earlier checkpoint intact.
+    A write that fails on any of them (a full disk) ends the run, with every earlier checkpoint intact.
     """
-    if not trainer.mesh.is_first:
-        return
+    saver.wait()  # before the snapshot is taken: two of them may be more than the host's memory holds
     config = trainer.config
     texts = folder_texts(
         config.model, tokenizer=trainer.tokenizer.definition, eod_id=trainer.tokenizer.eod_id
     )
     snapshot = take_snapshot(
-        trainer.state,  # type: ignore[arg-type]
+        trainer.buffers,
         hf_tensors(config.model),
         {"step_count": trainer.optimizer.step_count, **trainer.guard.state()},
         step=step,
@@ -339,9 +354,11 @@ def save_checkpoint(trainer: Trainer, saver: Saver, precision: Precision, step: 
             "config": to_dict(config),
             "precision": dataclasses.asdict(precision),
             "tokenizer_fingerprint": trainer.tokenizer.fingerprint,
-            "environment": environment(trainer.mesh),
+            "environment": environment(trainer.mesh, config.parallel),
         },
         texts={f"weights/{name}": text for name, text in texts.items()},
+        tied_rank=trainer.mesh.tied.rank,
+        only=saver.mine,
     )
     saver.save(snapshot)
     trainer.log.event("checkpoint", step)
@@ -358,7 +375,7 @@ def kernel_backends(device: torch.device) -> dict[str, str]:
     return {choice.op: choice.backend for choice in megalite_kernels.explain(device.type)}
 
 
-def environment(mesh: Mesh) -> dict[str, Any]:
+def environment(mesh: Mesh, parallel: ParallelConfig) -> dict[str, Any]:
     """What bitwise equality depends on besides the configuration."""
     device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
     return {
@@ -369,6 +386,10 @@ def environment(mesh: Mesh) -> dict[str, Any]:
         "device": device,
         "isa": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "tp": mesh.tp.size,
+        "cp": mesh.cp.size,
+        "pp": mesh.pp.size,
         "dp": mesh.dp.size,
+        "zero": parallel.zero,
         "backends": kernel_backends(mesh.device),
     }

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import functools
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -8,16 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megalite.config import ModelConfig, ParallelConfig
+from megalite.config import ModelConfig
 from megalite.errors import StorageError, UserError
 from megalite.models.families import hf_tensors
-from megalite.models.transformer import Transformer
-from megalite.parallel.data import FlatBuffers
-from megalite.parallel.mesh import Mesh
-from megalite.parallel.random import initialize
 from megalite.train import checkpoint as ckpt
+from megalite.train import checkpoint_save
+from megalite.train.checkpoint_blocks import KIND_FILES
+from megalite.train.checkpoint_load import load_state
+from megalite.train.checkpoint_save import write_snapshot
+from megalite.train.checkpoint_snapshot import Snapshot, take_snapshot
 from megalite.train.fingerprint import fingerprint
 from megalite.train.saver import Saver
+from tests.train.boxed_state import BoxedState, Layout
 
 SMALL = {
     "num_layers": 2,
@@ -45,59 +49,37 @@ CONFIGS = {
 }
 
 
-def make_buffers(config: ModelConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> FlatBuffers:
-    model = Transformer(config)
-    initialize(model, seed)
-    buffers = FlatBuffers(model, Mesh(device=torch.device("cpu")), dtype, ParallelConfig())
-    generator = torch.Generator().manual_seed(seed)
-    for kind in ("exp_avg", "exp_avg_sq"):
-        for _, view in buffers.piece_tensors(kind):
-            view.copy_(torch.randn(view.shape, generator=generator))
-    return buffers
+def state_of(config: ModelConfig, fill: float | None = None) -> BoxedState:
+    return BoxedState(config, Layout(), 0, fill=fill)
 
 
-def save(config: ModelConfig, buffers: FlatBuffers, root: Path, step: int = 3) -> Path:
+def snapshot_of(config: ModelConfig, step: int = 3) -> Snapshot:
     state = {"step_count": torch.tensor(3.0), "history": torch.arange(4.0)}
-    snapshot = ckpt.take_snapshot(
-        buffers,
-        hf_tensors(config),
-        state,
-        step=step,
-        metadata={"tokens": 7},
-        texts={"weights/config.json": "{}"},
+    texts = {"weights/config.json": "{}"}
+    return take_snapshot(
+        state_of(config), hf_tensors(config), state, step=step, metadata={"tokens": 7}, texts=texts
     )
-    return ckpt.write_snapshot(snapshot, root)
 
 
-def values(buffers: FlatBuffers) -> dict[str, torch.Tensor]:
-    kinds = ckpt.KIND_FILES
-    return {
-        f"{kind} {piece.name}": view.clone() for kind in kinds for piece, view in buffers.piece_tensors(kind)
-    }
+def save(config: ModelConfig, root: Path, step: int = 3) -> Path:
+    return write_snapshot(snapshot_of(config, step), root)[0]
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_everything_comes_back_bit_for_bit(family, dtype, tmp_path):
+def test_everything_comes_back_bit_for_bit(family, tmp_path):
     config = CONFIGS[family]
-    buffers = make_buffers(config, dtype)
-    folder = save(config, buffers, tmp_path)
-    other = make_buffers(config, dtype, seed=9)
-    for shard in other.optimizer_shards():  # memory that a fresh process never initialised
-        for tensor in (shard.weights, shard.master, shard.exp_avg, shard.exp_avg_sq):
-            tensor.fill_(torch.nan)
-    state = ckpt.load_state(folder, ckpt.read_manifest(folder), other, hf_tensors(config))
-    before, after = values(buffers), values(other)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert all(torch.equal(a.weights, b.weights) for a, b in zip(buffers.groups, other.groups, strict=True))
-    assert torch.equal(state["history"], torch.arange(4.0))
+    folder = save(config, tmp_path)
+    other = state_of(config, fill=torch.nan)
+    trainer = load_state(folder, ckpt.read_manifest(folder), other, hf_tensors(config))
+    assert other.wrong() == []
+    assert other.updated, "the model's weights have to be set from the masters"
+    assert torch.equal(trainer["history"], torch.arange(4.0))
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_files_hold_the_true_vocabulary_in_hugging_face_layout(family, tmp_path):
     config = CONFIGS[family]
-    folder = save(config, make_buffers(config), tmp_path)
+    folder = save(config, tmp_path)
     for file in ("weights/model", "optimizer/exp_avg", "optimizer/exp_avg_sq"):
         stored = load_file(folder / f"{file}.safetensors")
         assert {name: tuple(t.shape) for name, t in stored.items()} == {
@@ -109,85 +91,83 @@ def test_files_hold_the_true_vocabulary_in_hugging_face_layout(family, tmp_path)
 
 def test_large_models_are_split_into_files_with_an_index(tmp_path, monkeypatch):
     config = CONFIGS["llama"]
-    monkeypatch.setattr(ckpt, "MAX_FILE_BYTES", 40_000)
-    buffers = make_buffers(config)
-    folder = save(config, buffers, tmp_path)
+    monkeypatch.setattr(
+        checkpoint_save, "files_of", functools.partial(checkpoint_save.files_of, max_bytes=40_000)
+    )
+    folder = save(config, tmp_path)
     index = json.loads((folder / "weights/model.safetensors.index.json").read_text())
     files = {path.name for path in (folder / "weights").glob("*.safetensors")}
     assert len(files) > 1
     assert set(index["weight_map"].values()) == files
-    other = make_buffers(config, seed=5)
-    ckpt.load_state(folder, ckpt.read_manifest(folder), other, hf_tensors(config))
-    assert all(
-        torch.equal(a, b) for a, b in zip(values(buffers).values(), values(other).values(), strict=True)
-    )
+    other = state_of(config, fill=torch.nan)
+    load_state(folder, ckpt.read_manifest(folder), other, hf_tensors(config))
+    assert other.wrong() == []
 
 
 def test_a_stale_copy_is_noticed_before_the_checkpoint_appears(tmp_path):
     """What an asynchronous save gets wrong first: the weights move on, the written copy does not."""
     config = CONFIGS["llama"]
-    buffers = make_buffers(config)
-    snapshot = ckpt.take_snapshot(buffers, hf_tensors(config), {}, step=1, metadata={}, texts={})
-    name = next(iter(snapshot.files["weights/model.safetensors"]))
-    snapshot.files["weights/model.safetensors"][name] += 1e-3
-    with pytest.raises(StorageError, match=name):
-        ckpt.write_snapshot(snapshot, tmp_path)
+    snapshot = snapshot_of(config)
+    index, block = next(iter(snapshot.blocks.items()))
+    block.values.add_(1e-3)
+    with pytest.raises(StorageError, match=index.fqn.removeprefix("master/")):
+        write_snapshot(snapshot, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("file", ["weights/model.safetensors", "optimizer/exp_avg_sq.safetensors"])
 def test_a_flipped_bit_is_an_error_that_names_the_tensor(file, tmp_path):
     config = CONFIGS["llama"]
-    folder = save(config, make_buffers(config), tmp_path)
+    folder = save(config, tmp_path)
     raw = bytearray((folder / file).read_bytes())
     raw[-5] ^= 1
     (folder / file).write_bytes(raw)
     with pytest.raises(StorageError, match=r"is damaged; remove .* to go back to an earlier checkpoint"):
-        ckpt.load_state(folder, ckpt.read_manifest(folder), make_buffers(config), hf_tensors(config))
+        load_state(folder, ckpt.read_manifest(folder), state_of(config), hf_tensors(config))
 
 
 def test_a_short_file_is_an_error(tmp_path):
     config = CONFIGS["llama"]
-    folder = save(config, make_buffers(config), tmp_path)
+    folder = save(config, tmp_path)
     path = folder / "optimizer/exp_avg.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(StorageError, match=r"exp_avg\.safetensors: cannot be read as safetensors"):
-        ckpt.load_state(folder, ckpt.read_manifest(folder), make_buffers(config), hf_tensors(config))
+    with pytest.raises(StorageError, match=r"exp_avg\.safetensors cannot be read as safetensors"):
+        load_state(folder, ckpt.read_manifest(folder), state_of(config), hf_tensors(config))
 
 
 def test_a_dropped_tensor_is_an_error(tmp_path):
     config = CONFIGS["llama"]
-    folder = save(config, make_buffers(config), tmp_path)
+    folder = save(config, tmp_path)
     path = folder / "weights/model.safetensors"
     stored = load_file(path)
     stored.pop("model.norm.weight")
     save_file(stored, path)
     with pytest.raises(StorageError, match=r"model\.norm\.weight"):
-        ckpt.load_state(folder, ckpt.read_manifest(folder), make_buffers(config), hf_tensors(config))
+        load_state(folder, ckpt.read_manifest(folder), state_of(config), hf_tensors(config))
 
 
 def test_a_tensor_missing_from_manifest_and_file_is_an_error(tmp_path):
     config = CONFIGS["llama"]
-    folder = save(config, make_buffers(config), tmp_path)
+    folder = save(config, tmp_path)
     manifest = ckpt.read_manifest(folder)
-    for kind, stem in ckpt.KIND_FILES.items():
+    for kind, stem in KIND_FILES.items():
         manifest["tensors"][kind].pop("model.norm.weight")
         stored = load_file(folder / f"{stem}.safetensors")
         stored.pop("model.norm.weight")
         save_file(stored, folder / f"{stem}.safetensors")
     with pytest.raises(UserError, match=r"nothing stored for .*final_norm\.weight"):
-        ckpt.load_state(folder, manifest, make_buffers(config), hf_tensors(config))
+        load_state(folder, manifest, state_of(config), hf_tensors(config))
 
 
 def test_another_model_is_refused(tmp_path):
-    folder = save(CONFIGS["llama"], make_buffers(CONFIGS["llama"]), tmp_path)
+    folder = save(CONFIGS["llama"], tmp_path)
     other = ModelConfig(vocab_size=301, **{**SMALL, "num_layers": 3})
     with pytest.raises(UserError, match="has no place in this model"):
-        ckpt.load_state(folder, ckpt.read_manifest(folder), make_buffers(other), hf_tensors(other))
+        load_state(folder, ckpt.read_manifest(folder), state_of(other), hf_tensors(other))
 
 
 def test_a_later_format_is_refused(tmp_path):
-    folder = save(CONFIGS["llama"], make_buffers(CONFIGS["llama"]), tmp_path)
+    folder = save(CONFIGS["llama"], tmp_path)
     manifest = json.loads((folder / "checkpoint.json").read_text())
     (folder / "checkpoint.json").write_text(json.dumps({**manifest, "format_version": 99}))
     with pytest.raises(UserError, match="format_version=99"):
@@ -196,9 +176,8 @@ def test_a_later_format_is_refused(tmp_path):
 
 def test_only_complete_checkpoints_are_found_and_the_newest_are_kept(tmp_path):
     config = CONFIGS["llama"]
-    buffers = make_buffers(config)
     for step in (1, 2, 3, 12):
-        save(config, buffers, tmp_path, step)
+        save(config, tmp_path, step)
     shutil.copytree(tmp_path / "step_00000012", tmp_path / ".writing_step_00000013")
     (tmp_path / "step_00000099").mkdir()
     assert ckpt.latest_checkpoint(tmp_path) == tmp_path / "step_00000012"
@@ -208,21 +187,21 @@ def test_only_complete_checkpoints_are_found_and_the_newest_are_kept(tmp_path):
 
 
 def test_no_pickle_is_written(tmp_path):
-    folder = save(CONFIGS["llama"], make_buffers(CONFIGS["llama"]), tmp_path)
+    folder = save(CONFIGS["llama"], tmp_path)
     assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".safetensors", ".json"}
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_failed_write_is_raised_and_leaves_the_old_checkpoint(asynchronous, tmp_path, monkeypatch):
     config = CONFIGS["llama"]
-    save(config, make_buffers(config), tmp_path, step=1)
+    save(config, tmp_path, step=1)
     saver = Saver(tmp_path, keep=1, asynchronous=asynchronous)
-    snapshot = ckpt.take_snapshot(make_buffers(config), hf_tensors(config), {}, step=2, metadata={}, texts={})
+    snapshot = snapshot_of(config, step=2)
 
     def no_space(*_args: object, **_kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ckpt, "save_file", no_space)
+    monkeypatch.setattr(os, "pwrite", no_space)
 
     def attempt() -> None:
         saver.save(snapshot)
