@@ -291,6 +291,11 @@ class TrainConfig:
         grown = span * step // self.rampup_steps // self.ramp_increment * self.ramp_increment
         return self.rampup_start + grown
 
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Every number of samples that a step of the run has, ascending."""
+        return sorted({self.batch_size_at(step) for step in range(self.rampup_steps + 1)})
+
     def samples_before(self, step: int) -> int:
         """Samples consumed by all steps before `step` (0-based): the first sample number of `step`."""
         if not self.rampup_start:

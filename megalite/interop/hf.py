@@ -21,9 +21,9 @@ from megalite.errors import UserError
 from megalite.interop.hf_config import config_from_hf, config_to_hf
 from megalite.interop.hf_weights import DTYPES, read_pieces, write_weights
 from megalite.interop.tensor_file import MAX_FILE_BYTES
-from megalite.models.families import hf_tensors
+from megalite.models.families import hf_tensors, piece_shapes
 from megalite.models.transformer import Transformer
-from megalite.parallel.pieces import iter_pieces, piece_view
+from megalite.parallel.pieces import Box, iter_pieces, piece_view
 
 __all__ = [
     "DTYPES",
@@ -110,20 +110,24 @@ def load_folder(
 
 @torch.no_grad()
 def load_pieces(model: Transformer, pieces: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy every piece into `model`; vocabulary padding rows become zero.
+    """Copy every whole piece into `model`, or the parts of them that it holds; vocabulary padding becomes zero.
 
     Raises:
         UserError: a piece is missing or has no place in the model.
     """
-    places = {piece.name: piece_view(parameter, piece) for parameter, _, piece in iter_pieces(model)}
+    own = (Box(piece, piece.offset, piece_view(p, piece)) for p, _, piece in iter_pieces(model))
+    places = {box.piece.name: box for box in own}
+    missing = set(piece_shapes(model.config))
     for parameter in model.parameters():
         parameter.zero_()
     for name, value in pieces:
-        if name not in places:
+        if name not in missing:
             raise UserError(f"{name} has no place in the model")
-        places.pop(name).copy_(value)
-    if places:
-        raise UserError(f"nothing was given for {', '.join(sorted(places))}")
+        missing.discard(name)
+        if name in places:
+            places[name].tensor.copy_(value[places[name].index])
+    if missing:
+        raise UserError(f"nothing was given for {', '.join(sorted(missing))}")
 
 
 def model_pieces(model: Transformer) -> dict[str, Tensor]:

@@ -122,7 +122,7 @@ def recompute_plan(
     parallel: ParallelConfig | None = None,
     itemsize: int = 2,
     layers: int | None = None,
-    in_flight: int = 1,
+    in_flight: float = 1,
     other_bytes: int = 0,
 ) -> tuple[Recompute, ...]:
     """What each layer of a rank makes again.
@@ -158,7 +158,7 @@ def recompute_plan(
 
 
 def _within(
-    model: ModelConfig, share: Share, layers: int, in_flight: int, budget: float, other: int
+    model: ModelConfig, share: Share, layers: int, in_flight: float, budget: float, other: int
 ) -> tuple[Recompute, ...]:
     """The cheapest choice whose bytes are at most `budget`."""
     choice = KEEP
@@ -174,7 +174,7 @@ def _within(
     if size > budget:
         raise UserError(
             f"recompute.budget_gb={budget / GB:g} is less than the {size / GB:.3g} GB that {layers} layers with "
-            f"{in_flight} micro-batches in flight keep even with recompute.kind='full': raise it, lower "
+            f"{in_flight:g} micro-batches in flight keep even with recompute.kind='full': raise it, lower "
             "train.micro_batch_size, or divide the activations by parallel.tp, cp or pp"
         )
     return tuple(plan)

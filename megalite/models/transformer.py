@@ -14,6 +14,7 @@ from megalite.layers.attention import Context
 from megalite.layers.cache import LayerCache
 from megalite.layers.embedding import PositionEmbedding, VocabParallelEmbedding
 from megalite.layers.norm import NORMS
+from megalite.layers.recompute import KEEP, Recompute
 from megalite.layers.rope import rope_frequencies, rope_tables, stretch_linear, stretch_llama3
 from megalite.models.blocks import Blocks, ModelPart, build_block
 from megalite.parallel.collectives import all_gather
@@ -66,6 +67,8 @@ class Transformer(nn.Module):
             self.position_embedding = PositionEmbedding(
                 positions, config.hidden_size, split, std=std, **factory
             )
+        self.recompute: dict[int, Recompute] = {}
+        """What the backward pass of each layer makes again; those not named keep everything."""
         self.layers = Blocks({i: build_block(config, i, split, **factory) for i in part.layers})
         self.final_norm = self.head = None
         if part.head:
@@ -167,7 +170,8 @@ class Transformer(nn.Module):
         caches = dict(zip(self.part.layers, cache, strict=True)) if cache else {}
         residual = None
         for number in layers:
-            x, residual = self.layers[number](x, residual, context, caches.get(number))
+            again = self.recompute.get(number, KEEP)
+            x, residual = self.layers[number](x, residual, context, caches.get(number), again)
         if layers.stop < self.config.num_layers:
             # One tensor travels to the next stage, not two: the sum that its first norm would make.
             return x if residual is None else x + residual

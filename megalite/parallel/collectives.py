@@ -1,7 +1,7 @@
 """The only file that calls collectives. Each takes an `Axis`; on an axis of one process it does nothing.
 
-Two layers: plain ones on tensors without a graph, and below them pairs for the forward and backward pass, each the
-other's conjugate: what one does to activations, the other does to their gradients.
+Plain ones act on tensors without a graph. Those that autograd knows do the conjugate to gradients: a sum hands its
+gradient to every rank, a reduce-scatter gathers it.
 """
 
 from __future__ import annotations
@@ -191,38 +191,14 @@ def any_failed(failed: bool, axis: Axis, device: torch.device) -> bool:
     return bool(all_reduce_sum(flag, axis).item())
 
 
-def copy_to(x: Tensor, axis: Axis) -> Tensor:
-    """x, the same on all ranks, into work that each rank does a part of: its gradients are summed."""
-    return x if axis.group is None else _CopyTo.apply(x, axis)
-
-
 def reduce_from(x: Tensor, axis: Axis) -> Tensor:
-    """The sum of x over the ranks, on all of them; each rank gets the whole gradient. Conjugate of `copy_to`."""
+    """The sum of x over the ranks, on all of them; each rank gets the whole gradient."""
     return x if axis.group is None else _ReduceFrom.apply(x, axis)
 
 
-def gather_from(x: Tensor, axis: Axis) -> Tensor:
-    """Rows [T / n, ...] of all ranks as [T, ...], into work that each rank does a part of.
-
-    The backward sums the gradients and hands each rank its rows. Conjugate of `reduce_scatter_to`.
-    """
-    return x if axis.group is None else _GatherFrom.apply(x, axis)
-
-
 def reduce_scatter_to(x: Tensor, axis: Axis) -> Tensor:
-    """This rank's rows [T / n, ...] of the sum of x [T, ...] over the ranks. Conjugate of `gather_from`."""
+    """This rank's rows [T / n, ...] of the sum of x [T, ...] over the ranks."""
     return x if axis.group is None else _ReduceScatterTo.apply(x, axis)
-
-
-class _CopyTo(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
-        return all_reduce_sum(dx.clone(memory_format=torch.contiguous_format), ctx.axis), None
 
 
 class _ReduceFrom(torch.autograd.Function):
@@ -233,17 +209,6 @@ class _ReduceFrom(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
         return dx, None
-
-
-class _GatherFrom(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return all_gather(x, axis)
-
-    @staticmethod
-    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
-        return reduce_scatter(dx, ctx.axis), None
 
 
 class _ReduceScatterTo(torch.autograd.Function):

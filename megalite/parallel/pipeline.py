@@ -17,24 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import pipelining
-from torch.distributed.pipelining import schedules
 
 from megalite.config_parallel import SINGLE_STAGE, ZERO_BUBBLE, Schedule
+from megalite.parallel.action_table import ENGINE_NAMES
 from megalite.parallel.collectives import receive, send
 from megalite.parallel.gradients import WeightQueue, get_sink
 from megalite.parallel.mesh import Axis
 from megalite.parallel.stages import StagePlan
-
-SCHEDULES: dict[Schedule, type[Any]] = {
-    "gpipe": schedules.ScheduleGPipe,
-    "1f1b": schedules.Schedule1F1B,
-    "looped_bfs": schedules.ScheduleLoopedBFS,
-    "interleaved": schedules.ScheduleInterleaved1F1B,
-    "interleaved_zero_bubble": schedules.ScheduleInterleavedZeroBubble,
-    "zbv": schedules.ScheduleZBVZeroBubble,
-    "dualpipev": schedules.ScheduleDualPipeV,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +90,12 @@ class Pipeline:
     def _engine(self, num_microbatches: int, tokens: Tensor) -> Any:
         """The schedule for so many micro-batches; one is kept for each number that a batch-size ramp goes through."""
         if num_microbatches not in self._engines:
+            from torch.distributed.pipelining.schedules import (
+                get_schedule_class,  # 2 s that other runs need not pay
+            )
+
             stages = [self._engine_stage(number, tokens) for number in self.stages]
-            schedule = SCHEDULES[self.schedule](
+            schedule = get_schedule_class(ENGINE_NAMES[self.schedule])(
                 stages[0] if self.schedule in SINGLE_STAGE else stages,
                 num_microbatches,
                 # The last stage's output is the loss, scaled by the whole step's number of labels: contract of a
@@ -114,11 +107,13 @@ class Pipeline:
             self._engines = {num_microbatches: schedule}  # the last one's buffers are freed
         return self._engines[num_microbatches]
 
-    def _engine_stage(self, number: int, tokens: Tensor) -> pipelining.PipelineStage:
+    def _engine_stage(self, number: int, tokens: Tensor) -> Any:
+        from torch.distributed.pipelining import PipelineStage
+
         last = number == self.plan.num_stages - 1
         loss = torch.empty((), dtype=torch.float32, device="meta", requires_grad=True)
         queue = self.queues.get(number)
-        return pipelining.PipelineStage(
+        return PipelineStage(
             self.stages[number],
             number,
             self.plan.num_stages,

@@ -10,20 +10,17 @@ import torch
 from torch import Tensor
 
 from megalite.config import IGNORE_INDEX, EvalConfig
-from megalite.data.loader import MicroBatch
 from megalite.data.tokenize import Tokenizer
 from megalite.data.validation import ValidationSet, ValSelection
-from megalite.models.transformer import Transformer
 from megalite.parallel.collectives import all_reduce_sum
-from megalite.parallel.mesh import Mesh
-from megalite.train.generate import generate
+from megalite.train.generate import LanguageModel, generate
+from megalite.train.replica import Replica
 
 
 @torch.no_grad()
 def validate(
-    model: Transformer,
+    replica: Replica,
     validation: ValidationSet,
-    mesh: Mesh,
     config: EvalConfig,
     *,
     seq_length: int,
@@ -36,12 +33,14 @@ def validate(
     scored exactly once, in windows of `seq_length` that repeat `config.overlap` of the text before them.
 
     Args:
+        replica: the model; the processes that hold it together score the same documents.
         complete: score everything; otherwise a fixed subset of whole documents of about `config.max_tokens`.
 
     Returns:
         The record of ``evals.jsonl`` without step, tokens and samples.
     """
     start = time.perf_counter()
+    mesh = replica.mesh
     selection = validation.select(None if complete else config.max_tokens)
     sums = torch.zeros(2, len(validation.sources), dtype=torch.float64, device=mesh.device)
     batches = validation.micro_batches(
@@ -54,7 +53,7 @@ def validate(
     )
     for batch, source_of_segment in batches:
         batch = batch.to(mesh.device)
-        losses = token_losses(model, batch)
+        losses = replica.token_losses(batch)
         lengths = batch.cu_seqlens.long().diff()
         source = torch.from_numpy(source_of_segment).to(mesh.device).repeat_interleave(lengths)
         valid = (batch.labels != IGNORE_INDEX).double()
@@ -62,17 +61,6 @@ def validate(
         sums[1].index_add_(0, source, valid)
     all_reduce_sum(sums, mesh.data)
     return _summary(sums, validation.sources, selection, time.perf_counter() - start)
-
-
-def token_losses(model: Transformer, batch: MicroBatch) -> Tensor:
-    """Cross-entropy of every position: fp32 [T], 0 at ignored labels."""
-    return model.token_losses(
-        batch.tokens,
-        batch.labels,
-        positions=batch.positions,
-        cu_seqlens=batch.cu_seqlens,
-        max_seqlen=batch.max_seqlen,
-    )
 
 
 def _summary(sums: Tensor, names: list[str], selection: ValSelection, seconds: float) -> dict[str, Any]:
@@ -105,7 +93,7 @@ def _score(loss_sum: float, tokens: int, num_bytes: int) -> dict[str, Any]:
 
 
 def sample_texts(
-    model: Transformer, tokenizer: Tokenizer, config: EvalConfig, *, seed: int
+    model: LanguageModel, tokenizer: Tokenizer, config: EvalConfig, *, seed: int
 ) -> list[dict[str, Any]]:
     """Texts the model writes, `config.samples` of them, from the configured prompts in turn."""
     samples = []

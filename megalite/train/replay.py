@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megalite.config import RunConfig
+from megalite.parallel.collectives import gather_objects
 from megalite.parallel.mesh import Mesh
 from megalite.train.setup import Session, build_session, prepare_process
 
@@ -52,10 +53,9 @@ def replay(config: RunConfig, mesh: Mesh, step: int) -> tuple[Findings, Session]
         watch.remove()
     findings.loss, findings.grad_norm = result.loss.item(), result.grad_norm.item()
     findings.skipped = bool(result.verdict.skip.item())
-    pairs = zip(trainer.buffers.names(), trainer.buffers.grad_views(), strict=True)
-    bad = {name for name, grad in pairs if not torch.isfinite(grad).all()}
-    bad |= {name for name, value in trainer.model.named_parameters() if not torch.isfinite(value).all()}
-    findings.bad_parameters = sorted(bad)
+    boxes = [box for kind in ("main_grad", "master") for box in trainer.state.boxes(kind)]
+    bad = {box.piece.name for box in boxes if not torch.isfinite(box.tensor).all()}
+    findings.bad_parameters = sorted(set().union(*gather_objects(bad, mesh.world)))
     trainer.loader.close()
     return findings, session
 

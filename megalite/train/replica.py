@@ -32,6 +32,7 @@ from megalite.parallel.pipeline import MicroBatchInput, Pipeline
 from megalite.parallel.stages import StagePlan, plan_stages
 from megalite.parallel.state import ModelState
 from megalite.parallel.tensor import TensorSplit
+from megalite.train.memory_estimate import Job, recompute_choices
 
 
 class Replica:
@@ -197,6 +198,7 @@ def build_replica(
     fill: Callable[[Transformer], None],
     recompute: RecomputeConfig | None = None,
     seq_length: int = 0,
+    num_microbatches: int = 0,
 ) -> Replica:
     """Make this process's part of the model and its state.
 
@@ -208,6 +210,8 @@ def build_replica(
         fill: sets the initial weights of the fp32 model, before it is moved into its state.
         recompute: what the backward pass computes again.
         seq_length: tokens of a sample, for the balance of pipeline stages; 0: one micro-batch is one sample.
+        num_microbatches: of a step on a data-parallel rank; a recomputation budget is shared by those in flight.
+            0: as many as the pipeline has stages.
     """
     plan = plan_stages(config, parallel, seq_length or micro_batch_tokens)
     own = plan.stages_of(mesh.pp.rank)
@@ -218,6 +222,18 @@ def build_replica(
     )
     split = TensorSplit(mesh.tp, parallel.sequence_parallel and mesh.tp.size > 1, parallel.tp_chunks)
     model = Transformer(config, split, part=part, device=mesh.device)
+    if recompute is not None:
+        job = Job(
+            model=config,
+            parallel=parallel,
+            world_size=mesh.world.size,
+            tokens=micro_batch_tokens,
+            num_microbatches=num_microbatches or plan.num_stages,
+            itemsize=dtype.itemsize,
+            recompute=recompute,
+            seq_length=seq_length,
+        )
+        model.recompute = recompute_choices(job)
     fill(model)
     state = make_state(model, mesh, dtype, parallel)
     return Replica(model, state, mesh, parallel, plan, micro_batch_tokens=micro_batch_tokens, dtype=dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -19,9 +20,9 @@ from megalite.config import RunConfig
 from megalite.config_values import to_dict
 from megalite.data.dataset import open_prepared
 from megalite.errors import ExitCode
+from megalite.models.families import piece_shapes
 from megalite.parallel.collectives import barrier
 from megalite.parallel.mesh import Mesh
-from megalite.parallel.pieces import iter_pieces
 from megalite.train.baselines import compute_baselines
 from megalite.train.flops import table_peak_tflops
 from megalite.train.report import write_report
@@ -173,8 +174,7 @@ def _announce(session: Session, command: str, setup_s: float, config_toml: str) 
 def run_facts(session: Session, command: str, setup_s: float) -> dict[str, Any]:
     """Everything about a run that does not change while it goes on (run.json)."""
     config, precision, mesh = session.config, session.precision, session.trainer.mesh
-    shapes = [piece.global_shape for _, _, piece in iter_pieces(session.trainer.model)]
-    total = sum(torch.Size(shape).numel() for shape in shapes)
+    total = sum(math.prod(shape) for shape in piece_shapes(config.model).values())
     embedding = config.model.vocab_size * config.model.hidden_size
     folders = open_prepared(config.data.datasets)
     splits = [folder.split("train") for folder in folders]

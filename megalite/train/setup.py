@@ -27,10 +27,8 @@ from megalite.models.families import hf_tensors
 from megalite.models.transformer import Transformer
 from megalite.optim.adamw import AdamW
 from megalite.parallel.collectives import broadcast_object
-from megalite.parallel.data import FlatBuffers
 from megalite.parallel.mesh import Mesh, host_axis
 from megalite.parallel.random import initialize
-from megalite.parallel.tensor import TensorSplit
 from megalite.train.checkpoint import latest_checkpoint, read_manifest
 from megalite.train.checkpoint_load import load_state
 from megalite.train.checkpoint_snapshot import take_snapshot
@@ -43,6 +41,7 @@ from megalite.train.flops import (
 )
 from megalite.train.guard import StepGuard
 from megalite.train.metrics import Metrics, ProgressLine
+from megalite.train.replica import Replica, build_replica
 from megalite.train.runlog import RunLog, TensorBoard
 from megalite.train.saver import Saver
 from megalite.train.stop import StopSignal
@@ -111,26 +110,32 @@ def build_session(config: RunConfig, mesh: Mesh, *, replay_step: int | None = No
     measured = settle_precision(config, mesh, manifest) if mesh.is_first else None
     precision: Precision = broadcast_object(measured, mesh.world)
 
-    model = Transformer(config.model, tensor_split(config, mesh), device=mesh.device)
-    if not manifest:
-        fill_weights(model, config)
-    # Checkpoints are written by one process, which needs all of the state.
-    undivided = dataclasses.replace(config.parallel, zero=0)
-    buffers = FlatBuffers(model, mesh, precision.dtype, undivided)
-    optimizer = AdamW(buffers, config.optimizer, mesh.world)
+    replica = build_replica(
+        config.model,
+        # Checkpoints are written by one process, which needs all of the state.
+        dataclasses.replace(config.parallel, zero=0),
+        mesh,
+        dtype=precision.dtype,
+        micro_batch_tokens=config.train.micro_batch_size * config.train.seq_length,
+        seq_length=config.train.seq_length,
+        fill=lambda model: None if manifest else fill_weights(model, config),
+        recompute=config.recompute,
+    )
+    optimizer = AdamW(replica.state, config.optimizer, mesh.world)
     guard = StepGuard(mesh.device, sigma=config.train.spike_sigma, skip_spikes=config.train.skip_spikes)
     host = host_axis(mesh)
     if found and manifest:
         tensors, tied = hf_tensors(config.model), mesh.tied.rank
-        state = load_state(found, manifest, buffers, tensors, axis=host, tied_rank=tied)
+        state = load_state(found, manifest, replica.state, tensors, axis=host, tied_rank=tied)
         optimizer.step_count.copy_(state.pop("step_count"))
         guard.load_state(state)
 
     flops = flops_per_token(config.model, config.train.seq_length)
     trainer = _make_trainer(
         config,
-        mesh,
-        TrainedState(model, buffers, optimizer, guard),
+        replica,
+        optimizer,
+        guard,
         tokenizer,
         flops,
         precision,
@@ -159,21 +164,17 @@ def validate_layout(config: RunConfig, mesh: Mesh) -> None:
             "checkpoints are written by one replica): leave all three at 1"
         )
     config.train.validate_world(mesh.dp.size)
+    for size in config.train.batch_sizes:
+        config.parallel.validate_microbatches(size // (config.train.micro_batch_size * mesh.dp.size))
     tokens = config.train.micro_batch_size * config.train.seq_length
     parts = (2 * mesh.cp.size if mesh.cp.size > 1 else 1) * (
-        mesh.tp.size if tensor_split(config, mesh).sequence else 1
+        mesh.tp.size if config.parallel.sequence_parallel else 1
     )
     if tokens % parts:
         raise UserError(
             f"train.micro_batch_size · train.seq_length = {tokens} tokens must be a multiple of {parts} to be divided "
             f"over parallel.tp={mesh.tp.size} (sequence parallel) and 2 · parallel.cp={mesh.cp.size} chunks"
         )
-
-
-def tensor_split(config: RunConfig, mesh: Mesh) -> TensorSplit:
-    """How the layers are cut on this mesh."""
-    parallel = config.parallel
-    return TensorSplit(mesh.tp, parallel.sequence_parallel and mesh.tp.size > 1, parallel.tp_chunks)
 
 
 def find_checkpoint(
@@ -195,20 +196,11 @@ def find_checkpoint(
     return found, manifest
 
 
-@dataclass(frozen=True, slots=True)
-class TrainedState:
-    """What a checkpoint fills: the model's buffers, the optimizer and the guard."""
-
-    model: Transformer
-    buffers: FlatBuffers
-    optimizer: AdamW
-    guard: StepGuard
-
-
 def _make_trainer(
     config: RunConfig,
-    mesh: Mesh,
-    state: TrainedState,
+    replica: Replica,
+    optimizer: AdamW,
+    guard: StepGuard,
     tokenizer: Tokenizer,
     flops: FlopsPerToken,
     precision: Precision,
@@ -217,17 +209,15 @@ def _make_trainer(
     recording: bool,
 ) -> Trainer:
     """The trainer after `step` completed steps; `recording` is whether this process writes the run's files."""
-    run_dir = Path(config.directory)
+    mesh, run_dir = replica.mesh, Path(config.directory)
     log = RunLog(run_dir, enabled=recording)
     log.continue_after(step)
     datasets = config.data.datasets
     return Trainer(
         config=config,
-        mesh=mesh,
-        model=state.model,
-        buffers=state.buffers,
-        optimizer=state.optimizer,
-        guard=state.guard,
+        replica=replica,
+        optimizer=optimizer,
+        guard=guard,
         loader=TrainLoader(
             load_datasets(datasets, seq_length=config.train.seq_length, seed=config.data.seed),
             micro_batch_size=config.train.micro_batch_size,
@@ -344,7 +334,7 @@ def save_checkpoint(trainer: Trainer, saver: Saver, precision: Precision, step: 
         config.model, tokenizer=trainer.tokenizer.definition, eod_id=trainer.tokenizer.eod_id
     )
     snapshot = take_snapshot(
-        trainer.buffers,
+        trainer.state,
         hf_tensors(config.model),
         {"step_count": trainer.optimizer.step_count, **trainer.guard.state()},
         step=step,

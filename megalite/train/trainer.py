@@ -19,13 +19,12 @@ from megalite.optim.adamw import AdamW
 from megalite.optim.clip import clip_coefficient
 from megalite.optim.schedule import learning_rate
 from megalite.parallel.collectives import all_reduce_sum, gather_objects
-from megalite.parallel.context import ContextSplit
-from megalite.parallel.data import FlatBuffers
 from megalite.parallel.mesh import Mesh
-from megalite.parallel.partial import box_norms, total_norm
+from megalite.parallel.state import ModelState
 from megalite.train.evaluate import sample_texts, validate
 from megalite.train.guard import StepGuard
 from megalite.train.metrics import Metrics, ProgressLine, StepResult
+from megalite.train.replica import Replica
 from megalite.train.runlog import RunLog, TensorBoard
 from megalite.train.stop import StopSignal
 from megalite.train.timer import StepTimer
@@ -36,9 +35,7 @@ class Trainer:
     """Everything a step needs, built by `megalite.train.setup`."""
 
     config: RunConfig
-    mesh: Mesh
-    model: Transformer
-    buffers: FlatBuffers
+    replica: Replica
     optimizer: AdamW
     guard: StepGuard
     loader: TrainLoader
@@ -52,6 +49,21 @@ class Trainer:
     save: Callable[[int], None]
     """Saves a checkpoint of the given number of completed steps."""
     completed_steps: int = 0
+
+    @property
+    def mesh(self) -> Mesh:
+        """The processes of the run."""
+        return self.replica.mesh
+
+    @property
+    def model(self) -> Transformer:
+        """The layers that this process holds."""
+        return self.replica.model
+
+    @property
+    def state(self) -> ModelState:
+        """Their weights, gradients and optimizer state."""
+        return self.replica.state
 
     def train(self, stop: StopSignal, after_step: Callable[[int], None] = lambda step: None) -> bool:
         """Run the remaining steps; False if a signal ended the run early (a checkpoint was saved).
@@ -97,39 +109,23 @@ class Trainer:
         timer.start()
         batches = self.load(step)
         timer.mark("data_wait")
-        valid_tokens = all_reduce_sum(count_valid_tokens(batches), mesh.data)
+        valid_tokens = all_reduce_sum(count_valid_tokens(batches), mesh.dp)
         scale = 1.0 / valid_tokens.clamp(min=1).float()
         timer.mark("communication")
 
-        self.buffers.start_step(len(batches))
-        loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
-        for batch in batches:
-            loss = self.model.loss(
-                batch.tokens,
-                batch.labels,
-                positions=batch.positions,
-                cu_seqlens=batch.cu_seqlens,
-                max_seqlen=batch.max_seqlen,
-                sequence=self.context_split(batch),
-            )
-            timer.mark("forward")
-            (loss * scale).backward()
-            loss_sum += loss.detach()
-            timer.mark("backward")
-
-        self.buffers.finish_gradients()
+        loss_sum = self.replica.gradients(batches, scale, timer.mark)
+        self.state.finish_gradients()
         shared = self.local_report(loss_sum, stop)
         all_reduce_sum(shared, mesh.world)
         timer.mark("communication")
 
-        norms = box_norms(self.buffers.boxes("main_grad"), mesh.device)
-        grad_norm = total_norm(norms, self.buffers.box_copies(), mesh.world)
+        grad_norm, norms = self.replica.grad_norm()
         loss_mean = shared[0] * scale
         verdict = self.guard.judge(loss_mean, grad_norm, norms)
         rate = torch.full((), learning_rate(self.config, step), device=mesh.device)
         clip = clip_coefficient(grad_norm, self.config.optimizer.clip_grad_norm)
         self.optimizer.step(rate, clip, verdict.skip)
-        self.buffers.publish()
+        self.state.publish()
         timer.mark("optimizer")
         result = StepResult(step + 1, loss_mean, grad_norm, valid_tokens, shared[2:], verdict, timer.finish())
         return result, shared[1]
@@ -140,15 +136,7 @@ class Trainer:
         batches = self.loader.step(train.samples_before(step), train.batch_size_at(step))
         if step + 1 < train.steps:
             self.loader.prefetch_step(train.samples_before(step + 1), train.batch_size_at(step + 1))
-        parts = [
-            batch if (split := self.context_split(batch)) is None else batch.part(split) for batch in batches
-        ]
-        return [batch.to(self.mesh.device) for batch in parts]
-
-    def context_split(self, batch: MicroBatch) -> ContextSplit | None:
-        """Which of the batch's tokens are this process's; None: all."""
-        cp = self.mesh.cp
-        return ContextSplit(cp, self.config.parallel.cp_method, batch.bounds) if cp.size > 1 else None
+        return [batch.to(self.mesh.device) for batch in batches]
 
     def local_report(self, loss_sum: Tensor, stop: StopSignal) -> Tensor:
         """What the processes tell each other in a step: float64 [2 + dp].
@@ -157,8 +145,8 @@ class Trainer:
         own loss or gradients are not finite (after the reduction everybody's would be).
         """
         report = torch.zeros(2 + self.mesh.world_size, dtype=torch.float64, device=self.mesh.device)
-        finite = torch.isfinite(loss_sum) & self.buffers.local_finite()
-        report[0] = loss_sum if self.mesh.model.rank == 0 else 0.0  # all model ranks have the same one
+        finite = torch.isfinite(loss_sum) & self.state.local_finite()
+        report[0] = loss_sum if self.mesh.tp.rank == 0 else 0.0  # tensor-parallel ranks score the same labels
         report[1] = float(stop.requested)
         report[2 + self.mesh.rank] = (~finite).double()
         return report
@@ -194,7 +182,7 @@ class Trainer:
             "rank": record.pop("bad_rank", -1),
         }
         bad = record.pop("bad_parameter", -1)
-        here = self.buffers.boxes("main_grad")[bad].piece.name if bad >= 0 else ""
+        here = self.state.boxes("main_grad")[bad].piece.name if bad >= 0 else ""
         details["parameter"] = next(filter(None, gather_objects(here, self.mesh.world)), "")
         self.log.event(kind, record["step"], **details)
         where = f", first in {details['parameter']} on rank {details['rank']}" if details["parameter"] else ""
@@ -208,9 +196,8 @@ class Trainer:
             return
         train = self.config.train
         scores = validate(
-            self.model,
+            self.replica,
             self.validation,
-            self.mesh,
             self.config.eval,
             seq_length=train.seq_length,
             tokens_per_batch=train.micro_batch_size * train.seq_length,
@@ -218,7 +205,7 @@ class Trainer:
         )
         record = {"step": step, "tokens": train.tokens_before(step), **scores, "samples": []}
         if self.mesh.data.rank == 0:  # all ranks of one replica: they hold the model together
-            record["samples"] = sample_texts(self.model, self.tokenizer, self.config.eval, seed=train.seed)
+            record["samples"] = sample_texts(self.replica, self.tokenizer, self.config.eval, seed=train.seed)
         self.log.append(RunLog.EVALS, [record])
         self.tensorboard.add_eval(record)
         part = "all" if scores["complete"] else f"{scores['val_tokens']:,} tokens of"

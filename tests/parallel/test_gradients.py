@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
@@ -28,6 +29,7 @@ from tests.parallel.layouts import (
     packed_batch,
     put_together,
 )
+from tests.parallel.replicas import assert_equals, run_layout
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -81,7 +83,7 @@ def sink_job(layout: ParallelConfig, name: str, dtype: torch.dtype, deferred: bo
 
 @pytest.mark.parametrize("deferred", [False, True])
 @pytest.mark.parametrize("layout", [{}, {"tp_chunks": 3}, {"sequence_parallel": False, "tp_chunks": 2}])
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "one-kv-head"])
 def test_sinks_give_the_gradients_of_one_process(
     rank_pool: Any, name: str, layout: dict[str, Any], deferred: bool
 ) -> None:
@@ -90,6 +92,18 @@ def test_sinks_give_the_gradients_of_one_process(
         truth.norm = 0.0
         answers = rank_pool(2).run(sink_job, ParallelConfig(tp=2, **layout), name, dtype, deferred)
         assert_equal(put_together(answers), truth, tolerance)
+
+
+@pytest.mark.parametrize(
+    "layout", [{"pp_schedule": "zbv"}, {"pp_schedule": "interleaved_zero_bubble", "sequence_parallel": False}]
+)
+def test_a_pipeline_puts_products_off(rank_pool: Any, layout: dict[str, Any]) -> None:
+    """Schedules with a W pass over stages whose layers are cut, with dgrad in uneven chunks."""
+    config = dataclasses.replace(MODELS["qwen3-tied"], num_layers=4)
+    batches = [packed_batch(seed=seed) for seed in range(4)]
+    truth = one_process(config, torch.float64, batches)
+    parallel = ParallelConfig(pp=2, tp=2, tp_chunks=3, **layout)
+    assert_equals(rank_pool(4).run(run_layout, parallel, config, torch.float64, batches), truth, 1e-10)
 
 
 @pytest.mark.parametrize("deferred", [False, True])

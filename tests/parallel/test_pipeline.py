@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megalite.config import ParallelConfig
-from megalite.parallel.pipeline import SCHEDULES
+from megalite.parallel.action_table import ENGINE_NAMES
 from megalite.parallel.tensor import TensorSplit
 from megalite.train.generate import generate
 from tests.parallel.layouts import MODELS, build, one_process, packed_batch
@@ -20,7 +20,7 @@ BATCHES = [packed_batch(seed=seed) for seed in range(8)]
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3-tied", "gpt2"])
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ENGINE_NAMES)
 @pytest.mark.parametrize("pp", [2, 4])
 def test_every_schedule_equals_one_process(rank_pool: Any, pp: int, schedule: Any, name: str) -> None:
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):

@@ -57,7 +57,7 @@ def session_for(config: RunConfig, mesh: Mesh = CPU) -> Session:
 def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {
         name: view.clone()
-        for name, view in zip(trainer.buffers.names(), trainer.buffers.grad_views(), strict=True)
+        for name, view in zip(trainer.state.names(), trainer.state.grad_views(), strict=True)
     }
 
 
@@ -270,7 +270,7 @@ def test_a_non_finite_step_is_skipped_counted_and_named(dataset, tmp_path):
         trainer.train_step(step, session.stop)
 
     def state() -> list[torch.Tensor]:
-        shards = trainer.buffers.optimizer_shards()
+        shards = trainer.state.optimizer_shards()
         return [t.clone() for s in shards for t in (s.weights, s.master, s.exp_avg, s.exp_avg_sq)]
 
     before, count = state(), trainer.optimizer.step_count.clone()
@@ -312,7 +312,7 @@ def test_the_rank_that_went_bad_is_named(dataset, tmp_path, rank_pool):
 def test_the_norm_counts_every_element_of_every_piece_once(dataset, tmp_path):
     session = session_for(tiny_config(dataset, tmp_path / "run"))
     result, _ = session.trainer.train_step(0, session.stop)
-    squares = [view.double().square().sum() for _, view in session.trainer.buffers.piece_tensors("main_grad")]
+    squares = [view.double().square().sum() for _, view in session.trainer.state.piece_tensors("main_grad")]
     assert result.grad_norm.item() == pytest.approx(sum(squares).sqrt().item(), rel=1e-6)
     session.trainer.loader.close()
 

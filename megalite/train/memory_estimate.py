@@ -1,0 +1,322 @@
+"""Bytes that one rank needs to train a model in a layout, term by term, before anything is allocated.
+
+With P parameters on a rank, e bytes per number of the compute type, w = 4 (8 in float64), and n ranks that divide
+the optimizer's state (dp_shard · cp; 1 with zero=0):
+
+    weights         e · P                   zero=3: w · P / n, which is the master too
+    gradients       w · P                   zero=3: w · P / n
+    optimizer       2 w · P / n moments, and w · P / n masters where the compute type is narrower
+    gathered        zero=3: e · (what no layer holds + 2 layers), and one layer's gradient before and after widening
+    activations     peak over the schedule of the sum over micro-batches in flight of what each stage keeps:
+                    its layers (`megalite.layers.recompute_plan`), T · D · w of angle tables, and
+                      first stage, tp > 1   9 bytes per token (local ids, mask)
+                      stage not the last    T' · H · e, its output, which the engine keeps
+                      last stage            the final norm's T' · (H · e + s · w), and of the loss
+                                            tp = 1: dx T · H · e and dweight V · H · w, made in the forward pass;
+                                            tp > 1: T' · H · e hidden states and T · w log-sum-exps
+    pipeline        micro_batches · T' · H · e for each stage that receives activations, and for each that receives
+                    gradients: the engine's buffers, which hold the first layer's input as well
+    communication   grad_reduce_dtype="bf16": two buckets on their way, sent and received; fp32 travels in place
+    workspace       the largest of: loss (a chunk of logits, dx, a gradient of V / tp rows), backward pass of one
+                    layer (gradients of T · (3f + 2H); a fully recomputed layer's activations), embedding gradient
+
+P of a layer is (n + 2k) D H + n D H + (2 or 1) f H + f H with biases and norms; V is padded to a multiple that tp
+divides. Flat buffers align parameters to 64 elements and buckets to 128, which adds less than 0.1 % to real models
+and is not counted. Nor are what the allocator loses to fragments, the collective library's own buffers, the CUDA
+context, and the products that a zero-bubble schedule's W pass still waits for in reduced form: their factors are.
+
+Source: Korthikanti et al., arXiv 2205.05198 (activations); Rajbhandari et al., arXiv 1910.02054 (state).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+from megalite.config import ModelConfig, ParallelConfig, RecomputeConfig
+from megalite.config_parallel import ZERO_BUBBLE
+from megalite.layers.recompute import Recompute
+from megalite.layers.recompute_plan import Share, kept_bytes, layer_bytes, recompute_plan
+from megalite.parallel.action_table import schedule_table
+from megalite.parallel.simulate import StageBytes, StageTimes, simulate
+from megalite.parallel.stages import StagePlan, plan_stages
+from megalite_kernels.reference.linear_cross_entropy import CPU_LIMITS, ROW_ALIGNMENT, chunk_rows, cuda_limits
+
+GPU_BALANCE = 295
+"""Of an H100; decides the chunk of logits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What is to be trained, and how."""
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    world_size: int
+    tokens: int
+    """Of one micro-batch of a data-parallel rank, before context parallelism divides them."""
+    num_microbatches: int = 1
+    itemsize: int = 2
+    """Bytes of a number of the compute type."""
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    seq_length: int = 0
+    """Tokens of a sample, which the balance of pipeline stages depends on; 0: one micro-batch is one sample."""
+    gpu: bool = True
+    """The chunk of logits is a GPU's, not a CPU's."""
+
+    @property
+    def share(self) -> Share:
+        """One rank's part of a micro-batch."""
+        return Share.of(self.parallel, self.tokens, self.itemsize)
+
+    @property
+    def stages(self) -> StagePlan:
+        """Where the layers are."""
+        return plan_stages(self.model, self.parallel, self.seq_length or self.tokens)
+
+    @property
+    def state_ranks(self) -> int:
+        """n: ranks that divide the optimizer's state."""
+        if self.parallel.zero == 0:
+            return 1
+        dp = self.parallel.dp_size(self.world_size)
+        return (self.parallel.dp_shard or dp) * self.parallel.cp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankMemory:
+    """Bytes of one pipeline rank; the module's docstring has the formulas."""
+
+    pp_rank: int
+    parameters: int
+    """Elements of weights on the rank (before zero=3 divides them)."""
+    weights: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    activations: int
+    pipeline: int
+    communication: int
+    workspace: int
+
+    @property
+    def terms(self) -> dict[str, int]:
+        """Bytes by name."""
+        return {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("pp_rank", "parameters")
+        }
+
+    @property
+    def total(self) -> int:
+        """The sum of all terms."""
+        return sum(self.terms.values())
+
+
+def estimate_memory(job: Job) -> tuple[RankMemory, ...]:
+    """The memory of every pipeline rank; ranks of the other axes need the same.
+
+    Raises:
+        UserError: the schedule does not fit the number of micro-batches, the layout not the model or the number of
+            processes, or the recomputation budget is too small.
+    """
+    job.parallel.validate_model(job.model)
+    job.parallel.validate_microbatches(job.num_microbatches)
+    kept = activation_peaks(job)
+    return tuple(_rank_memory(job, rank, kept[rank]) for rank in range(job.parallel.pp))
+
+
+def worst_rank(job: Job) -> RankMemory:
+    """The rank that needs most; raises as `estimate_memory`."""
+    return max(estimate_memory(job), key=lambda memory: memory.total)
+
+
+def _rank_memory(job: Job, rank: int, activations: int) -> RankMemory:
+    e, wide, n = job.itemsize, job.share.wide, job.state_ranks
+    parallel, plan = job.parallel, job.stages
+    own = plan.stages_of(rank)
+    layers = sum(len(plan.layers[stage]) for stage in own)
+    first, last = 0 in own, plan.num_stages - 1 in own
+    layer = layer_parameters(job.model, parallel.tp)
+    outside = outer_parameters(job.model, parallel.tp, embedding=first, head=last)
+    count = layers * layer + outside
+    divided, masters = parallel.zero == 3, e < wide and parallel.zero != 3
+    return RankMemory(
+        pp_rank=rank,
+        parameters=count,
+        weights=-(-count // n) * wide if divided else count * e,
+        gradients=-(-count // n) * wide if divided else count * wide,
+        optimizer=(2 + masters) * wide * -(-count // n),
+        gathered=e * (outside + 2 * layer) + (e + wide) * layer if divided else 0,
+        activations=activations,
+        pipeline=_pipeline_buffers(job, len(own), first, last),
+        communication=_bucket_buffers(job, count),
+        workspace=max(_layer_workspace(job), _outer_workspace(job, first, last)),
+    )
+
+
+def layer_parameters(model: ModelConfig, tp: int = 1) -> int:
+    """Elements of one layer's weights on a tensor-parallel rank."""
+    hidden, inner, head = model.hidden_size, model.ffn_hidden_size // tp, model.size_per_head
+    queries, keys = model.num_attention_heads // tp * head, max(1, model.kv_heads // tp) * head
+    ups = 2 if model.gated else 1
+    norms = (2 if model.norm == "rms" else 4) * hidden + (2 * head if model.qk_norm else 0)
+    biases = (queries + 2 * keys) * model.qkv_bias + hidden * model.output_bias
+    biases += (ups * inner + hidden) * model.mlp_bias
+    return hidden * (2 * queries + 2 * keys) + (ups + 1) * hidden * inner + norms + biases
+
+
+def vocabulary_rows(model: ModelConfig, tp: int = 1) -> int:
+    """Rows of the embedding, or of the head, that a tensor-parallel rank holds."""
+    return -(-model.padded_vocab_size // tp)
+
+
+def outer_parameters(model: ModelConfig, tp: int = 1, *, embedding: bool = True, head: bool = True) -> int:
+    """Elements of what no layer holds: embeddings on the first stage, final norm and head on the last."""
+    hidden, matrix = model.hidden_size, vocabulary_rows(model, tp) * model.hidden_size
+    count = 0
+    if embedding:
+        count += matrix + (model.max_position_embeddings * hidden if model.position == "learned" else 0)
+    if head:
+        count += hidden * (1 if model.norm == "rms" else 2)
+        if not (model.tie_word_embeddings and embedding):
+            count += matrix
+    return count
+
+
+def activation_peaks(job: Job) -> tuple[int, ...]:
+    """Bytes of activations that each pipeline rank keeps at the schedule's peak."""
+    bytes_of = stage_bytes(job)
+    if job.parallel.pp == 1:
+        return (sum(bytes_of),)
+    rest = [
+        min(whole, weight_factors(job, len(layers)))
+        for whole, layers in zip(bytes_of, job.stages.layers, strict=True)
+    ]
+    if job.parallel.pp_schedule not in ZERO_BUBBLE:
+        rest = bytes_of
+    return tuple(int(peak) for peak in _schedule_peaks(job.parallel, job.num_microbatches, bytes_of, rest))
+
+
+def _schedule_peaks(
+    parallel: ParallelConfig, count: int, whole: list[int], rest: list[int]
+) -> tuple[float, ...]:
+    """Most bytes that each rank keeps, of `whole` per micro-batch and stage until its input pass and then `rest`."""
+    table = schedule_table(parallel.pp_schedule, parallel.pp, parallel.stages_per_rank, count)
+    memory = StageBytes(tuple(map(float, whole)), tuple(map(float, rest)))
+    return simulate(table, StageTimes.even(parallel.num_stages), memory).peak_bytes
+
+
+def stage_bytes(job: Job) -> list[int]:
+    """What each stage keeps of one micro-batch, from its forward to its backward pass."""
+    plan, share, model = job.stages, job.share, job.model
+    stream = share.stream_tokens * model.hidden_size * share.itemsize
+    choices = recompute_choices(job)
+    result = []
+    for number, layers in enumerate(plan.layers):
+        size = sum(kept_bytes(model, share, choices[layer]) for layer in layers)
+        if model.position == "rope":
+            size += share.tokens * model.size_per_head * share.wide
+        if number == 0:
+            size += 9 * share.tokens if share.tp > 1 else 0
+        else:
+            size -= stream  # it is in the engine's buffer
+        last = number == plan.num_stages - 1
+        result.append(size + (loss_bytes(model, share) if last else stream))
+    return result
+
+
+def loss_bytes(model: ModelConfig, share: Share) -> int:
+    """What final norm and loss keep of one micro-batch."""
+    statistics = (1 if model.norm == "rms" else 2) * share.wide
+    stream = share.stream_tokens * model.hidden_size * share.itemsize
+    kept = stream + share.stream_tokens * statistics
+    if share.tp > 1:
+        return kept + stream + share.tokens * share.wide
+    gradient = vocabulary_rows(model) * model.hidden_size * share.wide
+    return kept + share.tokens * model.hidden_size * share.itemsize + gradient
+
+
+def weight_factors(job: Job, layers: int) -> int:
+    """What waits for the W pass of one micro-batch: inputs and gradients of every product's output."""
+    share, model = job.share, job.model
+    kept = layer_bytes(model, share)
+    whole = share.tokens * model.hidden_size * share.itemsize  # gathered, with sequence parallelism
+    out = share.tokens * (model.num_attention_heads // share.tp) * model.size_per_head * share.itemsize
+    projected = layer_bytes(model, Share(share.tokens, share.itemsize, share.tp)).projected
+    return layers * (4 * whole + out + projected + kept.inner + kept.active)
+
+
+def recompute_choices(job: Job) -> dict[int, Recompute]:
+    """Layer → what it makes again, for all layers of the model; each pipeline rank keeps within its own budget.
+
+    Raises:
+        UserError: a budget that cannot be met.
+    """
+    plan, parallel = job.stages, job.parallel
+    in_flight = _layers_in_flight(job, plan)
+    choices: dict[int, Recompute] = {}
+    for rank in range(parallel.pp):
+        layers = [layer for stage in plan.stages_of(rank) for layer in plan.layers[stage]]
+        last = plan.num_stages - 1 in plan.stages_of(rank)
+        chosen = recompute_plan(
+            job.model,
+            job.recompute,
+            job.tokens,
+            parallel=parallel,
+            itemsize=job.itemsize,
+            layers=len(layers),
+            in_flight=in_flight[rank] / len(layers),
+            other_bytes=loss_bytes(job.model, job.share) if last else 0,
+        )
+        choices.update(zip(layers, chosen, strict=True))
+    return choices
+
+
+def _layers_in_flight(job: Job, plan: StagePlan) -> tuple[float, ...]:
+    """Most layers · micro-batches that each rank keeps at one time."""
+    sizes = [len(layers) for layers in plan.layers]
+    if job.parallel.pp == 1 or job.recompute.kind != "budget":
+        return tuple(float(len(plan.layers[rank])) for rank in range(job.parallel.pp))
+    return _schedule_peaks(job.parallel, job.num_microbatches, sizes, sizes)
+
+
+def _pipeline_buffers(job: Job, stages: int, first: bool, last: bool) -> int:
+    if job.parallel.pp == 1:
+        return 0
+    stream = job.share.stream_tokens * job.model.hidden_size * job.itemsize
+    return job.num_microbatches * stream * (2 * stages - first - last)
+
+
+def _bucket_buffers(job: Job, parameters: int) -> int:
+    parallel = job.parallel
+    alone = parallel.dp_size(job.world_size) * parallel.cp == 1
+    if alone or parallel.grad_reduce_dtype == "fp32" or parallel.zero == 3:
+        return 0
+    return min(2 * parallel.bucket_size, parameters) * 2 * 2
+
+
+def _layer_workspace(job: Job) -> int:
+    share, model = job.share, job.model
+    kept = layer_bytes(model, share)
+    gradients = kept.inner + kept.active + 2 * share.tokens * model.hidden_size * share.itemsize
+    again = 0
+    if any(choice.full for choice in recompute_choices(job).values()):
+        again = sum(kept) - kept.stream // 2
+    return gradients + again
+
+
+def _outer_workspace(job: Job, first: bool, last: bool) -> int:
+    """The loss, or the embedding's gradient."""
+    share, model = job.share, job.model
+    rows = vocabulary_rows(model, share.tp)
+    narrow = rows * model.hidden_size * share.itemsize
+    loss = 0
+    if last:
+        stride = -(-rows // ROW_ALIGNMENT) * ROW_ALIGNMENT
+        limits = cuda_limits(GPU_BALANCE) if job.gpu else CPU_LIMITS
+        loss = chunk_rows(share.tokens, stride, share.itemsize, limits) * stride * share.itemsize
+        if share.tp > 1:  # dx of all tokens, the gathered tokens, and the gradient in fp32 and narrow
+            loss += (
+                2 * share.tokens * model.hidden_size * share.itemsize + rows * model.hidden_size * share.wide
+            )
+            loss += narrow if share.itemsize < share.wide else 0
+    return max(loss, narrow if first else 0)

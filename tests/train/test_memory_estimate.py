@@ -1,0 +1,219 @@
+"""The memory estimate against models built on the meta device, and against what tiny ones really keep."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from megalite.config import ModelConfig, ParallelConfig, RecomputeConfig
+from megalite.errors import UserError
+from megalite.models.blocks import ModelPart
+from megalite.models.presets import preset
+from megalite.models.transformer import Transformer
+from megalite.parallel.mesh import Axis, Mesh, mesh_of_group
+from megalite.parallel.random import initialize
+from megalite.parallel.tensor import TensorSplit
+from megalite.train.memory_estimate import (
+    Job,
+    RankMemory,
+    activation_peaks,
+    estimate_memory,
+    layer_parameters,
+    outer_parameters,
+    recompute_choices,
+    stage_bytes,
+    worst_rank,
+)
+from megalite.train.replica import build_replica
+from tests.helpers.kept import Watch
+from tests.parallel.layouts import MODELS, loss_of, packed_batch
+
+GB = 1e9
+KINDS = {
+    "none": RecomputeConfig(),
+    "norm": RecomputeConfig(kind="selective", parts=("norm",)),
+    "activation": RecomputeConfig(kind="selective", parts=("activation",)),
+    "attention": RecomputeConfig(kind="selective", parts=("attention",)),
+    "selective": RecomputeConfig(kind="selective"),
+    "full": RecomputeConfig(kind="full"),
+}
+TOKENS = 64
+
+
+def meta_parameters(model: ModelConfig, parallel: ParallelConfig, job: Job, rank: int) -> int:
+    """Elements of the weights of one rank, by building it."""
+    plan = job.stages
+    own = plan.stages_of(rank)
+    part = ModelPart(
+        tuple(layer for stage in own for layer in plan.layers[stage]), 0 in own, plan.num_stages - 1 in own
+    )
+    split = TensorSplit(Axis(parallel.tp, 0), parallel.tp > 1)
+    built = Transformer(model, split, part=part, device="meta")
+    return sum(parameter.numel() for parameter in built.parameters())
+
+
+@pytest.mark.parametrize("name", ["gpt2-1.5b", "llama3-8b", "llama3-70b", "qwen3-0.6b", "qwen2.5-0.5b"])
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        ParallelConfig(),
+        ParallelConfig(pp=4),
+        ParallelConfig(pp=2, pp_schedule="zbv"),
+        ParallelConfig(pp=2, pp_schedule="interleaved"),
+    ],
+    ids=["one", "1f1b", "zbv", "interleaved"],
+)
+def test_parameters_are_those_of_the_built_model(name: str, parallel: ParallelConfig) -> None:
+    model = preset(name)
+    divides = 8 if model.num_attention_heads % 8 == 0 else 5 if model.num_attention_heads % 5 == 0 else 2
+    for tp in (1, divides):
+        layout = dataclasses.replace(parallel, tp=tp)
+        job = Job(model=model, parallel=layout, world_size=tp * layout.pp, tokens=1024, num_microbatches=4)
+        for memory in estimate_memory(job):
+            assert memory.parameters == meta_parameters(model, layout, job, memory.pp_rank)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_of_small_models(name: str) -> None:
+    built = Transformer(MODELS[name], device="meta")
+    layers = MODELS[name].num_layers * layer_parameters(MODELS[name])
+    assert layers + outer_parameters(MODELS[name]) == sum(p.numel() for p in built.parameters())
+
+
+def kept_by(model: ModelConfig, parallel: ParallelConfig, recompute: RecomputeConfig) -> int:
+    """Bytes that a whole forward pass leaves, measured; the batch itself was there before."""
+    mesh = Mesh(device=torch.device("cpu"))
+    if parallel.tp * parallel.cp > 1:
+        mesh = mesh_of_group(parallel, torch.device("cpu"))
+    replica = build_replica(
+        model,
+        parallel,
+        mesh,
+        dtype=torch.float32,
+        micro_batch_tokens=TOKENS,
+        fill=lambda model: initialize(model, seed=3),
+        recompute=recompute,
+    )
+    batch, watch = packed_batch(TOKENS), Watch()
+    with watch:
+        loss = loss_of(replica.model, batch, None)
+    kept = watch.alive_at_rest(loss, batch.tokens, batch.labels)
+    loss.backward()
+    return kept
+
+
+# Not in the formula: the scalars around the loss, and the batch's own offsets.
+SCALARS = 64
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["llama", "qwen3-tied", "gpt2"])
+def test_kept_bytes_of_a_whole_model(name: str, kind: str) -> None:
+    job = Job(
+        model=MODELS[name],
+        parallel=ParallelConfig(),
+        world_size=1,
+        tokens=TOKENS,
+        itemsize=4,
+        recompute=KINDS[kind],
+    )
+    assert kept_by(MODELS[name], job.parallel, KINDS[kind]) == pytest.approx(stage_bytes(job)[0], abs=SCALARS)
+
+
+def kept_by_kinds(model: ModelConfig, parallel: ParallelConfig) -> list[int]:
+    return [kept_by(model, parallel, recompute) for recompute in KINDS.values()]
+
+
+@pytest.mark.parametrize("sequence", [True, False])
+@pytest.mark.parametrize("name", ["llama", "qwen3-tied", "gpt2"])
+def test_kept_bytes_over_two_tensor_parallel_ranks(rank_pool: Any, name: str, sequence: bool) -> None:
+    parallel = ParallelConfig(tp=2, sequence_parallel=sequence)
+    job = Job(model=MODELS[name], parallel=parallel, world_size=2, tokens=TOKENS, itemsize=4)
+    expected = [stage_bytes(dataclasses.replace(job, recompute=kind))[0] for kind in KINDS.values()]
+    for kept in rank_pool(2).run(kept_by_kinds, MODELS[name], parallel):
+        assert kept == pytest.approx(expected, abs=SCALARS)
+
+
+LLAMA_8B = preset("llama3-8b")
+
+
+def job_of(model: ModelConfig = LLAMA_8B, count: int = 8, **layout: Any) -> Job:
+    parallel = ParallelConfig(**layout)
+    world = layout.get("tp", 1) * layout.get("pp", 1) * layout.get("cp", 1) * 4
+    return Job(model=model, parallel=parallel, world_size=world, tokens=8192, num_microbatches=count)
+
+
+def test_state_is_divided_as_zero_says() -> None:
+    terms: dict[int, RankMemory] = {zero: estimate_memory(job_of(zero=zero))[0] for zero in (0, 1, 3)}
+    count = terms[0].parameters
+    assert (terms[0].weights, terms[0].gradients, terms[0].optimizer) == (2 * count, 4 * count, 12 * count)
+    assert (terms[1].weights, terms[1].gradients, terms[1].optimizer) == (2 * count, 4 * count, 3 * count)
+    assert (terms[3].weights, terms[3].gradients, terms[3].optimizer) == (count, count, 2 * count)
+    assert terms[1].gathered == 0
+    assert 0 < terms[3].gathered < terms[1].weights
+    fp32 = dataclasses.replace(job_of(zero=1), itemsize=4)
+    assert estimate_memory(fp32)[0].optimizer == 2 * count  # the master is the weights' own slice
+    half = estimate_memory(job_of(zero=1, dp_shard=2))[0]
+    assert half.optimizer == 6 * count
+
+
+def test_schedules_keep_their_micro_batches() -> None:
+    """1F1B keeps pp - rank micro-batches, GPipe all."""
+    one = dataclasses.replace(job_of(pp=4), num_microbatches=8)
+    sizes = stage_bytes(one)
+    assert activation_peaks(one) == tuple(size * (4 - rank) for rank, size in enumerate(sizes))
+    assert activation_peaks(job_of(pp=4, pp_schedule="gpipe")) == tuple(8 * size for size in sizes)
+    few = dataclasses.replace(one, num_microbatches=4)
+    assert activation_peaks(few) == activation_peaks(one)
+
+
+@pytest.mark.parametrize(
+    "schedule", ["interleaved", "interleaved_zero_bubble", "zbv", "dualpipev", "looped_bfs"]
+)
+def test_every_schedule_has_an_estimate(schedule: str) -> None:
+    memories = estimate_memory(job_of(pp=4, pp_schedule=schedule, count=16))
+    assert len(memories) == 4
+    assert all(value >= 0 for memory in memories for value in memory.terms.values())
+    assert worst_rank(job_of(pp=4, pp_schedule=schedule, count=16)) in memories
+
+
+def test_sequence_parallelism_divides_the_stream() -> None:
+    with_sp, without = (activation_peaks(job_of(tp=4, sequence_parallel=on))[0] for on in (True, False))
+    # Per layer: both norms' inputs and outputs and their statistics, on a quarter of the tokens.
+    layers = LLAMA_8B.num_layers * (4 * 4096 * 2 + 2 * 4) * 8192 * 3 // 4
+    rest = (2 * 4096 * 2 + 4) * 8192 * 3 // 4  # final norm and hidden states
+    assert without - with_sp == layers + rest
+
+
+def test_budget_counts_the_micro_batches_in_flight() -> None:
+    """Each pipeline rank fits on its own: earlier ranks keep more micro-batches, and recompute more."""
+    budget = 12.0
+    job = dataclasses.replace(job_of(pp=4), recompute=RecomputeConfig(kind="budget", budget_gb=budget))
+    choices = recompute_choices(job)
+    per_rank = [[choices[layer] for layer in job.stages.layers[rank]] for rank in range(4)]
+    recomputed = [sum(choice.full for choice in rank) for rank in per_rank]
+    assert recomputed == sorted(recomputed, reverse=True)
+    assert recomputed[0] > recomputed[-1]
+    plain = activation_peaks(dataclasses.replace(job, recompute=RecomputeConfig()))
+    assert plain[0] > budget * GB
+    # The budget is for what the layers keep; the rest of a stage is one hidden state and the angle tables.
+    slack = 4 * (8192 * 4096 * 2 + 8192 * 128 * 4)
+    assert all(peak <= budget * GB + slack for peak in activation_peaks(job))
+    tight = dataclasses.replace(job, recompute=RecomputeConfig(kind="budget", budget_gb=0.1))
+    with pytest.raises(UserError, match=r"budget_gb=0\.1 is less than"):
+        estimate_memory(tight)
+
+
+def test_known_totals() -> None:
+    """Llama 3 8B on one of 8 GPUs, by hand: 8.03e9 parameters at 2 + 4 + 12/8 bytes are 60.2 GB of state."""
+    job = Job(model=LLAMA_8B, parallel=ParallelConfig(), world_size=8, tokens=8192)
+    memory = worst_rank(job)
+    assert memory.parameters == pytest.approx(8.03e9, rel=1e-3)
+    assert memory.weights + memory.gradients + memory.optimizer == pytest.approx(60.2 * GB, rel=1e-3)
+    # 32 layers · 8192 tokens · (2·(4·4096 + 6144 + 5120 + 4096 + 3·14336) + 4·(2 + 32)) bytes, and the fp32
+    # gradient of a head of 128,256 rows.
+    layers = 32 * 8192 * (2 * (4 * 4096 + 6144 + 5120 + 4096 + 3 * 14336) + 4 * 34)
+    assert memory.activations - layers == pytest.approx(128256 * 4096 * 4, rel=0.07)

@@ -1,0 +1,96 @@
+"""Recomputation under every kind of parallelism, through `Replica`: the gradients keep their bits."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megalite.config import ParallelConfig, RecomputeConfig
+from megalite.data.loader import MicroBatch
+from megalite.layers.recompute import FULL, KEEP
+from megalite.parallel.mesh import Mesh, mesh_of_group
+from megalite.parallel.random import initialize
+from megalite.train.replica import build_replica
+from tests.parallel.layouts import MODELS, packed_batch
+
+MODEL = dataclasses.replace(MODELS["qwen3-tied"], num_layers=4)
+BATCHES = [packed_batch(32, seed) for seed in range(4)]
+KINDS = (
+    RecomputeConfig(),
+    RecomputeConfig(kind="selective", parts=("norm", "activation", "attention")),
+    RecomputeConfig(kind="full"),
+)
+
+
+def gradients_of(layout: ParallelConfig, kind: RecomputeConfig, batches: list[MicroBatch]) -> list[Tensor]:
+    """Gradients of this rank's part of the model after one step, two micro-batches at least."""
+    device = torch.device("cpu")
+    alone = layout.tp * layout.pp * layout.cp == 1
+    replica = build_replica(
+        MODEL,
+        layout,
+        Mesh(device=device) if alone else mesh_of_group(layout, device),
+        dtype=torch.float32,
+        micro_batch_tokens=32,
+        fill=lambda model: initialize(model, seed=3),
+        recompute=kind,
+        num_microbatches=len(batches),
+    )
+    replica.gradients(batches, torch.ones(()))
+    replica.state.finish_gradients()
+    gradients = [box.tensor.clone() for box in replica.state.boxes("main_grad")]
+    assert any(gradient.abs().max() > 0 for gradient in gradients)
+    replica.state.release()
+    return gradients
+
+
+def same_bits(layout: ParallelConfig, batches: list[MicroBatch]) -> list[bool]:
+    kept, *others = [gradients_of(layout, kind, batches) for kind in KINDS]
+    return [all(torch.equal(a, b) for a, b in zip(kept, other, strict=True)) for other in others]
+
+
+def test_weight_gradients_are_added_once() -> None:
+    """Main gradients take what each layer's backward pass adds; a second run of a forward pass adds nothing."""
+    assert all(same_bits(ParallelConfig(), BATCHES))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tp": 2},
+        {"tp": 2, "tp_chunks": 2},
+        {"cp": 2},
+        {"cp": 2, "cp_method": "ulysses"},
+        {"pp": 2},
+        {"pp": 2, "pp_schedule": "interleaved_zero_bubble"},
+        {"pp": 2, "pp_schedule": "zbv"},
+        {"pp": 2, "pp_schedule": "dualpipev"},
+        {"tp": 2, "pp": 2},
+    ],
+    ids=lambda layout: "-".join(map(str, layout.values())),
+)
+def test_same_bits_over_ranks(rank_pool: Any, layout: dict[str, Any]) -> None:
+    parallel = ParallelConfig(**layout)
+    ranks = parallel.tp * parallel.cp * parallel.pp
+    for same in rank_pool(ranks).run(same_bits, parallel, BATCHES):
+        assert all(same)
+
+
+def test_a_budget_reaches_the_layers() -> None:
+    """A budget that only whole layers meet, and one that needs nothing."""
+    for budget, choice in ((0.000085, FULL), (1.0, KEEP)):
+        config = RecomputeConfig(kind="budget", budget_gb=budget)
+        replica = build_replica(
+            MODELS["gpt2"],
+            ParallelConfig(),
+            Mesh(device=torch.device("cpu")),
+            dtype=torch.float32,
+            micro_batch_tokens=64,
+            fill=lambda model: initialize(model, seed=3),
+            recompute=config,
+        )
+        assert set(replica.model.recompute.values()) == {choice}
