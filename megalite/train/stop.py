@@ -1,4 +1,7 @@
-"""SIGTERM and SIGINT end a run at the next step boundary, on all processes at the same step."""
+"""SIGTERM, SIGINT and SIGUSR1 end a run at the next step boundary, on all processes at the same step.
+
+Batch systems send SIGUSR1 or SIGTERM some time before the end of a job.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ class StopSignal:
     read one step later, so that the host never waits for the step that is running.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh

@@ -42,6 +42,7 @@ def training(folder: Path) -> bool:
     return metrics.exists() and len(read_records(metrics)) >= 3
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("number", "timeout_s", "limit", "says"),
     [

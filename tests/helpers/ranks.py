@@ -62,7 +62,7 @@ def ranks(command: list[str], count: int, folder: Path) -> Iterator[Ranks]:
             process.wait()
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], what: str, timeout: float = 300) -> None:
     """Wait for a condition.
 
     Raises:
