@@ -20,6 +20,7 @@ else:
     import tomli as tomllib
 
 T = TypeVar("T")
+R = TypeVar("R", bound=RunConfig)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,12 +82,7 @@ def config_from_values(values: dict[str, Any], preset_name: str = "") -> RunConf
 
 def parse_pretrain(argv: list[str]) -> tuple[RunConfig, bool]:
     """The run's configuration and whether JSON was asked for, from ``[CONFIG.toml] [--any.field value ...]``."""
-    file, rest = (Path(argv[0]), argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
-    preset_name = _option(rest, "--preset")
-    base = config_from_file(file, preset_name) if file else config_from_values({}, preset_name)
-    defaults = PretrainArguments(**{f.name: getattr(base, f.name) for f in dataclasses.fields(RunConfig)})
-    arguments = parse(PretrainArguments, rest, default=defaults, prog="megalite pretrain")
-    config = RunConfig(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(RunConfig)})
+    arguments, config = parse_run(PretrainArguments, argv, prog="megalite pretrain")
     train = dataclasses.replace(
         config.train,
         init_from=arguments.init_from or config.train.init_from,
@@ -97,6 +93,24 @@ def parse_pretrain(argv: list[str]) -> tuple[RunConfig, bool]:
         datasets = tuple(_dataset_spec(text) for text in arguments.dataset)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, datasets=datasets))
     return config, arguments.json
+
+
+def parse_run(kind: type[R], argv: list[str], *, prog: str) -> tuple[R, RunConfig]:
+    """``[CONFIG.toml] [--any.field value ...]`` of a command that takes a run's configuration and more.
+
+    Args:
+        kind: `RunConfig` with further fields.
+
+    Returns:
+        The arguments, and the run's configuration in them.
+    """
+    file, rest = (Path(argv[0]), argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
+    preset_name = _option(rest, "--preset")
+    base = config_from_file(file, preset_name) if file else config_from_values({}, preset_name)
+    names = [field.name for field in dataclasses.fields(RunConfig)]
+    defaults = kind(**{name: getattr(base, name) for name in names})
+    arguments = parse(kind, rest, default=defaults, prog=prog)
+    return arguments, RunConfig(**{name: getattr(arguments, name) for name in names})
 
 
 def parse(kind: type[T], argv: list[str], *, prog: str, default: T | None = None) -> T:

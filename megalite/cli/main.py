@@ -19,6 +19,7 @@ COMMANDS = {
         "megalite.cli.replay",
         "repeat one step of a run and name the first thing in it that is not finite",
     ),
+    "verify": ("megalite.cli.verify", "prove that every parallel layout computes what one process computes"),
     "sample": ("megalite.cli.sample", "generate text from a checkpoint"),
     "report": ("megalite.cli.report", "one HTML page about a run: charts, samples, is pre-training helping"),
     "doctor": ("megalite.cli.doctor", "check every kernel on this machine, and how fast it is"),
@@ -32,7 +33,7 @@ EXIT_CODES = """exit codes:
   1   internal error (a traceback says where)
   2   bad input, configuration or arguments
   3   diverged: too many consecutive non-finite steps
-  4   broken contract: a kernel is not as accurate as it promises
+  4   broken contract: a kernel is not as accurate as it promises, or a layout differs from one process
   69  a rank was lost: another process of the run died, hangs or failed; start the run again
   74  input/output error: disk full, not writable, damaged file
   75  preempted: a checkpoint was saved, run the same command again"""
