@@ -112,8 +112,7 @@ def build_session(config: RunConfig, mesh: Mesh, *, replay_step: int | None = No
 
     replica = build_replica(
         config.model,
-        # Checkpoints are written by one process, which needs all of the state.
-        dataclasses.replace(config.parallel, zero=0),
+        config.parallel,
         mesh,
         dtype=precision.dtype,
         micro_batch_tokens=config.train.micro_batch_size * config.train.seq_length,
@@ -158,11 +157,6 @@ def validate_layout(config: RunConfig, mesh: Mesh) -> None:
         UserError: one of them cannot be cut that way; names the values that can.
     """
     config.parallel.validate_model(config.model)
-    if mesh.model.size * mesh.cp.size > 1:
-        raise UserError(
-            f"parallel.tp={mesh.tp.size}, cp={mesh.cp.size}, pp={mesh.pp.size}: runs are data-parallel so far (their "
-            "checkpoints are written by one replica): leave all three at 1"
-        )
     config.train.validate_world(mesh.dp.size)
     for size in config.train.batch_sizes:
         config.parallel.validate_microbatches(size // (config.train.micro_batch_size * mesh.dp.size))
