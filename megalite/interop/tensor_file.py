@@ -116,6 +116,32 @@ class BlockWriter:
             done += length * width
 
 
+def side_by_side(
+    blocks: Iterable[tuple[tuple[int, ...], Tensor]],
+) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """Blocks of one tensor, in order of their offsets, with those that touch along the last dim made one.
+
+    Queries, keys and values of a fused projection lie so: written one by one, every row is three writes.
+    """
+    at: tuple[int, ...] = ()
+    row: list[Tensor] = []
+    for offset, block in blocks:
+        touches = (
+            row
+            and block.dim() > 1
+            and offset[:-1] == at[:-1]
+            and offset[-1] == at[-1] + sum(b.shape[-1] for b in row)
+            and block.shape[:-1] == row[0].shape[:-1]
+        )
+        if not touches:
+            if row:
+                yield at, torch.cat(row, -1) if len(row) > 1 else row[0]
+            at, row = offset, []
+        row.append(block)
+    if row:
+        yield at, torch.cat(row, -1) if len(row) > 1 else row[0]
+
+
 def runs(shape: Sequence[int], offset: Sequence[int], block: Sequence[int]) -> Iterator[tuple[int, int]]:
     """(first element, length) of each stretch of memory that a block takes up in a whole tensor, in its order."""
     if 0 in block:

@@ -41,7 +41,14 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from megalite.errors import StorageError, UserError
-from megalite.interop.tensor_file import INDEX_SUFFIX, TensorFile, get_tensor, index_text, open_tensors
+from megalite.interop.tensor_file import (
+    INDEX_SUFFIX,
+    TensorFile,
+    get_tensor,
+    index_text,
+    open_tensors,
+    side_by_side,
+)
 from megalite.parallel.mesh import ALONE, Axis
 from megalite.parallel.state import Kind
 from megalite.train.checkpoint import FORMAT_VERSION, MANIFEST, TRAINER_FILE, keep_last, part_view
@@ -118,6 +125,16 @@ def _tensor_data(item: WriteItem) -> TensorWriteData:
     return item.tensor_data
 
 
+def _place(item: WriteItem) -> tuple[int, ...]:
+    return tuple(_tensor_data(item).chunk.offsets)
+
+
+def _values(planner: SavePlanner, item: WriteItem) -> Tensor:
+    values = planner.resolve_data(item)
+    assert isinstance(values, Tensor)
+    return values
+
+
 def _share_out(plans: list[SavePlan]) -> list[SavePlan]:
     """Leave each block to the one of its holders that has the least to write so far.
 
@@ -188,20 +205,20 @@ class CheckpointWriter(StorageWriter):
             StorageError: a block read back does not hold the live tensor's values.
         """
         wanted: dict[str, list[WriteItem]] = {}
-        for item in plan.items:
+        for item in sorted(plan.items, key=_place):
             wanted.setdefault(item.index.fqn, []).append(item)
         results = []
         for kind, files in self._files(plan.storage_data).items() if plan.items else ():
             for file in files:
-                items = [item for name in file.entries for item in wanted.get(f"{kind}/{name}", ())]
-                if not items:
+                here = {name: wanted[f"{kind}/{name}"] for name in file.entries if f"{kind}/{name}" in wanted}
+                if not here:
                     continue
                 with file.writer(self.temporary) as out:
-                    for item in items:
-                        values = planner.resolve_data(item)
-                        assert isinstance(values, Tensor)
-                        out.write(split_key(item.index.fqn)[1], _tensor_data(item).chunk.offsets, values)
-                results += self._read_back(file, items)
+                    for name, items in here.items():
+                        blocks = ((_place(item), _values(planner, item)) for item in items)
+                        for offset, block in side_by_side(blocks):
+                            out.write(name, offset, block)
+                results += self._read_back(file, [item for items in here.values() for item in items])
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future

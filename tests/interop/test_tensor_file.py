@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megalite.interop import tensor_file
-from megalite.interop.tensor_file import Entry, plan_files, runs
+from megalite.interop.tensor_file import Entry, plan_files, runs, side_by_side
 
 VALUES = {
     "b.weight": torch.randn(3, 5),
@@ -63,6 +63,29 @@ def test_runs_are_as_long_as_they_can_be():
     assert list(runs((4, 6), (1, 2), (2, 3))) == [(8, 3), (14, 3)]
     assert list(runs((9,), (4,), (3,))) == [(4, 3)]
     assert list(runs((4, 6), (1, 2), (0, 3))) == []
+
+
+def test_blocks_side_by_side_become_one():
+    whole = torch.arange(48.0).view(6, 8)
+    cuts = [
+        ((0, 0), (6, 3)),
+        ((0, 3), (6, 3)),
+        ((0, 7), (6, 1)),
+        ((2, 0), (1, 4)),
+        ((3, 4), (1, 4)),
+        ((4, 0), (2, 8)),
+    ]
+    blocks = [((r, c), whole[r : r + n, c : c + m]) for (r, c), (n, m) in cuts]
+    joined = list(side_by_side(blocks))
+    assert [offset for offset, _ in joined] == [(0, 0), (0, 7), (2, 0), (3, 4), (4, 0)]
+    assert torch.equal(joined[0][1], whole[:, :6])
+    assert all(
+        torch.equal(block, whole[r : r + block.shape[0], c : c + block.shape[1]]) for (r, c), block in joined
+    )
+    assert [offset for offset, _ in side_by_side([((0,), whole[0, :4]), ((4,), whole[0, 4:])])] == [
+        (0,),
+        (4,),
+    ]
 
 
 def test_files_are_divided_in_order_and_named_like_those_of_transformers():
