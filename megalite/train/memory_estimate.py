@@ -23,7 +23,8 @@ the optimizer's state (dp_shard · cp; 1 with zero=0):
 P of a layer is (n + 2k) D H + n D H + (2 or 1) f H + f H with biases and norms; V is padded to a multiple that tp
 divides. Flat buffers align parameters to 64 elements and buckets to 128, which adds less than 0.1 % to real models
 and is not counted. Nor are what the allocator loses to fragments, the collective library's own buffers, the CUDA
-context, and the products that a zero-bubble schedule's W pass still waits for in reduced form: their factors are.
+context. Between the I and the W pass of a zero-bubble schedule a stage keeps the factors of its layers' weight
+gradients instead: T · (4 H + (n + 2k) D + n D + 3f) · e for each layer (2f without a gate), recomputed or not.
 
 Source: Korthikanti et al., arXiv 2205.05198 (activations); Rajbhandari et al., arXiv 1910.02054 (state).
 """
@@ -187,12 +188,9 @@ def activation_peaks(job: Job) -> tuple[int, ...]:
     bytes_of = stage_bytes(job)
     if job.parallel.pp == 1:
         return (sum(bytes_of),)
-    rest = [
-        min(whole, weight_factors(job, len(layers)))
-        for whole, layers in zip(bytes_of, job.stages.layers, strict=True)
-    ]
-    if job.parallel.pp_schedule not in ZERO_BUBBLE:
-        rest = bytes_of
+    rest = bytes_of
+    if job.parallel.pp_schedule in ZERO_BUBBLE:
+        rest = [weight_factors(job, len(layers)) for layers in job.stages.layers]
     return tuple(int(peak) for peak in _schedule_peaks(job.parallel, job.num_microbatches, bytes_of, rest))
 
 

@@ -185,7 +185,7 @@ def run_facts(session: Session, command: str, setup_s: float) -> dict[str, Any]:
         "name": config.name,
         "command": command,
         "versions": {k: versions[k] for k in ("python", "torch", "numpy", "megalite")},
-        "commit": _commit(),
+        "commit": commit(),
         "machine": {
             "cpu": _cpu_name(),
             "cores": os.cpu_count(),
@@ -245,7 +245,7 @@ def _profiler(session: Session) -> Iterator[Callable[[int], None]]:
         yield lambda step: profile.step()
 
 
-def _commit() -> str:
+def commit() -> str:
     """Commit of the source tree that runs, with a + if it is modified; empty outside a checkout."""
     folder = Path(__file__).resolve().parent
     try:

@@ -119,6 +119,7 @@ def build_session(config: RunConfig, mesh: Mesh, *, replay_step: int | None = No
         seq_length=config.train.seq_length,
         fill=lambda model: None if manifest else fill_weights(model, config),
         recompute=config.recompute,
+        num_microbatches=config.train.global_batch_size // (config.train.micro_batch_size * mesh.dp.size),
     )
     optimizer = AdamW(replica.state, config.optimizer, mesh.world)
     guard = StepGuard(mesh.device, sigma=config.train.spike_sigma, skip_spikes=config.train.skip_spikes)

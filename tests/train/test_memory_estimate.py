@@ -13,6 +13,7 @@ from megalite.errors import UserError
 from megalite.models.blocks import ModelPart
 from megalite.models.presets import preset
 from megalite.models.transformer import Transformer
+from megalite.parallel.gradients import WeightQueue, get_sink
 from megalite.parallel.mesh import Axis, Mesh, mesh_of_group
 from megalite.parallel.random import initialize
 from megalite.parallel.tensor import TensorSplit
@@ -25,6 +26,7 @@ from megalite.train.memory_estimate import (
     outer_parameters,
     recompute_choices,
     stage_bytes,
+    weight_factors,
     worst_rank,
 )
 from megalite.train.replica import build_replica
@@ -135,6 +137,41 @@ def test_kept_bytes_over_two_tensor_parallel_ranks(rank_pool: Any, name: str, se
     expected = [stage_bytes(dataclasses.replace(job, recompute=kind))[0] for kind in KINDS.values()]
     for kept in rank_pool(2).run(kept_by_kinds, MODELS[name], parallel):
         assert kept == pytest.approx(expected, abs=SCALARS)
+
+
+def waiting_for_weights(model: ModelConfig, parallel: ParallelConfig) -> int:
+    """Bytes that wait for a W pass after a backward pass with nothing else left."""
+    mesh = Mesh(device=torch.device("cpu"))
+    if parallel.tp > 1:
+        mesh = mesh_of_group(parallel, torch.device("cpu"))
+    replica = build_replica(
+        model,
+        parallel,
+        mesh,
+        dtype=torch.float32,
+        micro_batch_tokens=TOKENS,
+        fill=lambda model: initialize(model, seed=3),
+    )
+    queue = WeightQueue()
+    for layer in replica.model.layers.parameters():
+        if (sink := get_sink(layer)) is not None:
+            sink.queue = queue
+    batch, watch = packed_batch(TOKENS), Watch()
+    with watch:
+        loss = loss_of(replica.model, batch, None)
+        loss.backward()
+    kept = watch.alive_at_rest(loss)
+    queue.take()()
+    return kept
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_what_waits_for_the_weight_pass(rank_pool: Any, name: str) -> None:
+    one = Job(model=MODELS[name], parallel=ParallelConfig(), world_size=1, tokens=TOKENS, itemsize=4)
+    assert waiting_for_weights(one.model, one.parallel) == pytest.approx(weight_factors(one, 2), abs=SCALARS)
+    two = dataclasses.replace(one, parallel=ParallelConfig(tp=2), world_size=2)
+    for kept in rank_pool(2).run(waiting_for_weights, two.model, two.parallel):
+        assert kept == pytest.approx(weight_factors(two, 2), abs=SCALARS)
 
 
 LLAMA_8B = preset("llama3-8b")
