@@ -35,7 +35,7 @@ class TensorSplit:
 
     def whole_tokens(self) -> TensorSplit:
         """The same cut of the weights with activations whole on every rank (generation, odd batches)."""
-        return TensorSplit(self.axis, chunks=self.chunks)
+        return TensorSplit(self.axis)
 
 
 UNSPLIT = TensorSplit()
