@@ -97,14 +97,15 @@ def _verify(arguments: VerifyArguments, config: RunConfig, layouts: list[Layout]
     import torch
 
     from megalite.train.flops import choose_precision
-    from megalite.train.verify import Verification
+    from megalite.train.verify import Verification, preloaded
     from megalite.train.verify_pool import Pool
 
     began = time.perf_counter()
     torch.set_num_threads(1)  # one process of a tiny model; the ranks want the cores
     world = max(layout.world for layout in layouts)
     results = []
-    with Pool(world, device=device, timeout_s=arguments.timeout, preload=("megalite.train.verify",)) as pool:
+    preload = preloaded(layouts)
+    with Pool(world, device=device, timeout_s=arguments.timeout, preload=preload) as pool:
         pool.start()
         dtype: str = config.train.precision if arguments.dtype == "auto" else arguments.dtype
         if dtype == "auto":

@@ -143,6 +143,16 @@ class Verification:
         return result("equal", model=task.model, checks=checks)
 
 
+def preloaded(layouts: Sequence[Layout]) -> tuple[str, ...]:
+    """Modules that the ranks will need: imported once, before they are forked."""
+    modules = ["megalite.train.verify"]
+    if any(layout.parallel.pp > 1 for layout in layouts):
+        modules.append("torch.distributed.pipelining.schedules")
+    if any(layout.parallel.zero == 3 for layout in layouts):
+        modules.append("torch.distributed.fsdp")
+    return tuple(modules)
+
+
 def run_layout(task: Task, device: torch.device) -> Answer:
     """In a process of the pool: make the mesh of the layout and take the steps."""
     return run_rank(task, mesh_of_group(task.parallel, device))

@@ -161,7 +161,7 @@ def _tensors(
     unknown: dict[str, Block] = {}
     for answer, own in zip(answers, blocks, strict=True):
         for block in own:
-            if block.name in expected and block.global_shape == tuple(expected[block.name].shape):
+            if block.name in expected and _fits(block, expected[block.name].shape):
                 held[block.name].append((answer.place.rank, block))
             else:
                 unknown[block.name] = block
@@ -197,6 +197,12 @@ def put_together(held: Sequence[tuple[int, Block]], shape: Sequence[int]) -> tup
         whole[block.index] = torch.where(known, seen, block.values)
         filled[block.index] = True
     return whole, tuple(sorted(ranks))
+
+
+def _fits(block: Block, shape: Sequence[int]) -> bool:
+    """Whether a block says that it is of a tensor of this shape, and lies inside it."""
+    ends = [offset + size for offset, size in zip(block.offset, block.values.shape, strict=True)]
+    return block.global_shape == tuple(shape) and all(e <= n for e, n in zip(ends, shape, strict=True))
 
 
 def _overlap(a: Block, b: Block) -> bool:

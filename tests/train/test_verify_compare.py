@@ -127,6 +127,17 @@ def test_a_tensor_that_the_model_does_not_have() -> None:
     assert "the model has no such tensor of shape [4], but rank 0 has it" in finding.where
 
 
+def test_a_block_beyond_the_end_of_its_tensor() -> None:
+    def shift(answers: list[Answer]) -> None:
+        place = next(i for i, block in enumerate(answers[1].gradients) if block.name == HEAD)
+        moved = dataclasses.replace(answers[1].gradients[place], offset=(5, 0))
+        answers[1].gradients[place] = moved
+
+    finding = found(shift)
+    assert finding.name == HEAD
+    assert "rows 4-6, all columns; no rank holds those elements" in finding.where
+
+
 def test_parts_of_a_sum_that_nobody_summed() -> None:
     def spoil(answers: list[Answer]) -> None:
         whole = gradient(answers[0], NORM).clone()
