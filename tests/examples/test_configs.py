@@ -15,6 +15,7 @@ from megalite.models.transformer import Transformer
 from megalite.parallel.mesh import Axis
 from megalite.parallel.stages import plan_stages
 from megalite.parallel.tensor import TensorSplit
+from megalite.train.memory_estimate import Job, estimate_memory
 from tests.helpers.runs import ROOT
 
 GPUS = {
@@ -22,7 +23,8 @@ GPUS = {
     "pretrain_gpt2_124m": [1, 8],
     "pretrain_gpt2_1.5b": [8],
     "pretrain_llama3_8b": [8, 16, 32, 64],
-    "pretrain_llama3_70b": [64, 128, 256, 512],
+    "pretrain_llama3_70b_64": [64, 128],
+    "pretrain_llama3_70b_512": [256, 512],
 }
 CASES = [pytest.param(name, size, id=f"{name}-{size}") for name, sizes in GPUS.items() for size in sizes]
 PARAMETERS = {"gpt2-1.5b": 1_557_611_200, "llama3-8b": 8_030_261_248, "llama3-70b": 70_553_706_496}
@@ -35,6 +37,20 @@ def load(name: str) -> RunConfig:
 
 def count(model: Transformer) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def job(config: RunConfig, world_size: int) -> Job:
+    """The configuration as the memory estimator takes it."""
+    train, parallel = config.train, config.parallel
+    return Job(
+        model=config.model,
+        parallel=parallel,
+        world_size=world_size,
+        tokens=train.micro_batch_size * train.seq_length,
+        num_microbatches=train.global_batch_size // train.micro_batch_size // parallel.dp_size(world_size),
+        recompute=config.recompute,
+        seq_length=train.seq_length,
+    )
 
 
 def rank_model(config: RunConfig, pp_rank: int, tp_rank: int) -> Transformer:
@@ -57,6 +73,26 @@ def padding(model: ModelConfig, tp: int) -> int:
     """Rows that make the vocabulary divisible, in the embedding and an untied head."""
     rows = -(-model.padded_vocab_size // tp) * tp - model.vocab_size
     return rows * model.hidden_size * (1 if model.tie_word_embeddings else 2)
+
+
+@pytest.mark.parametrize(("name", "world_size"), [case for case in CASES if "cpu" not in case.values[0]])
+def test_it_fits_80_gb(name, world_size):
+    """With a fifth to spare for what the estimate leaves out: fragments, NCCL's buffers, the CUDA context."""
+    config = load(name)
+    ranks = estimate_memory(job(config, world_size))
+    assert max(rank.total for rank in ranks) < 64e9
+    held = [count(rank_model(config, pp_rank, 0)) for pp_rank in range(config.parallel.pp)]
+    assert held == [rank.parameters for rank in ranks]
+
+
+@pytest.mark.parametrize("name", [name for name in GPUS if "gpt2_1.5b" in name or "llama3" in name])
+def test_the_comments_say_what_the_estimate_is(name):
+    """The memory that a comment gives, rounded to GB, for the machines it names first."""
+    said = re.search(r"memory_estimate`: (\d+) GB", (ROOT / "examples" / f"{name}.toml").read_text())
+    assert said
+    world_size = GPUS[name][-1] if name.endswith("_512") else GPUS[name][0]
+    ranks = estimate_memory(job(load(name), world_size))
+    assert round(max(rank.total for rank in ranks) / 1e9) == int(said[1])
 
 
 def test_every_configuration_is_tested():
