@@ -76,6 +76,7 @@ class Pipeline:
     def run(self, batches: Sequence[MicroBatchInput]) -> None:
         """Forward and backward passes of a step's micro-batches; gradients are accumulated where they belong."""
         engine = self._engine(len(batches), batches[0].tokens)
+        self.axis.note("pipeline_passes")  # the engine sends and receives by itself
         for stage in engine.megalite_stages:
             stage.has_backward = True
             stage.clear_runtime_states()

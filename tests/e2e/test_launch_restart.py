@@ -40,7 +40,7 @@ def undisturbed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     """Losses of two ranks that nobody kills."""
     folder = tmp_path_factory.mktemp("whole")
     with ranks(command("pretrain", config(folder, dataset)), 2, folder) as run:
-        wait_until(lambda: all(process.poll() is not None for process in run.processes), "the end")
+        wait_until(lambda: all(process.poll() is not None for process in run.processes), "the end", [])
         assert [process.returncode for process in run.processes] == [0, 0], run.said(0)
     return read_losses(folder / "run")
 
@@ -77,7 +77,7 @@ def rank_process(agents: list[int], rank: int) -> int:
 def test_torchrun_restarts_a_killed_rank_and_repeats_every_loss(nodes, dataset, undisturbed, tmp_path):
     agents = torchrun(nodes, config(tmp_path, dataset))
     try:
-        wait_until(lambda: any((tmp_path / "run" / "checkpoints").glob("step_*")), "a checkpoint")
+        wait_until(lambda: any((tmp_path / "run" / "checkpoints").glob("step_*")), "a checkpoint", agents)
         os.kill(rank_process([agent.pid for agent in agents], 1), signal.SIGKILL)
         said = [agent.communicate(timeout=300)[1] for agent in agents]
     finally:

@@ -55,7 +55,7 @@ def training(folder: Path) -> bool:
 )  # fmt: skip
 def test_one_of_four(number, timeout_s, limit, says, dataset, tmp_path):
     with ranks(endless(tmp_path, dataset, timeout_s), 4, tmp_path) as run:
-        wait_until(lambda: training(tmp_path), "the third step")
+        wait_until(lambda: training(tmp_path), "the third step", run.processes)
         os.kill(run.processes[2].pid, number)
         codes, seconds = run.wait(but=2, timeout=2 * limit)
         print(f"all ended {seconds:.1f} s after {number.name}")

@@ -172,7 +172,7 @@ def slurm_run(cluster: Cluster, folder: Path) -> Iterator[subprocess.Popen[str]]
 
 
 def prepare(cluster: Cluster, folder: Path) -> Path:
-    """Stand-ins, data and a run of four ranks in two layouts' reach; returns its folder."""
+    """Stand-ins, data, and a run; returns its folder."""
     cluster.install("scontrol", SCONTROL)
     cluster.install("srun", SRUN)
     values = tiny_values(
@@ -196,7 +196,7 @@ def records(run_dir: Path, name: str) -> list[dict]:
 def test_a_slurm_job_trains_is_preempted_requeued_and_finishes(cluster, tmp_path):
     run_dir = prepare(cluster, tmp_path)
     with slurm_run(cluster, tmp_path) as first:
-        wait_until(lambda: len(records(run_dir, "metrics.jsonl")) >= 3 or first.poll(), "the third step", 300)
+        wait_until(lambda: len(records(run_dir, "metrics.jsonl")) >= 3, "the third step", [first])
         for pid in cluster.tasks_file.read_text().split():
             os.kill(int(pid), signal.SIGUSR1)  # Slurm's --signal
         said = first.communicate(timeout=300)[1]
@@ -221,7 +221,7 @@ def test_a_slurm_job_trains_is_preempted_requeued_and_finishes(cluster, tmp_path
 def test_a_slurm_job_that_loses_a_rank_starts_again_in_its_place(cluster, tmp_path):
     run_dir = prepare(cluster, tmp_path)
     with slurm_run(cluster, tmp_path) as running:
-        wait_until(lambda: any((run_dir / "checkpoints").glob("step_*")), "a checkpoint", 300)
+        wait_until(lambda: any((run_dir / "checkpoints").glob("step_*")), "a checkpoint", [running])
         os.kill(int(cluster.tasks_file.read_text().split()[2]), signal.SIGKILL)
         said = running.communicate(timeout=300)[1]
     assert running.returncode == 0, said

@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from tests.helpers.runs import ROOT, environment
@@ -62,13 +62,17 @@ def ranks(command: list[str], count: int, folder: Path) -> Iterator[Ranks]:
             process.wait()
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout: float = 300) -> None:
-    """Wait for a condition.
+def wait_until(
+    condition: Callable[[], bool], what: str, processes: Iterable[subprocess.Popen[str]], timeout: float = 300
+) -> None:
+    """Wait for a condition, which processes that run bring about.
 
     Raises:
-        AssertionError: it did not come true in time.
+        AssertionError: it did not come true in time, or one of the processes ended before.
     """
     deadline = time.monotonic() + timeout
     while not condition():
+        ended = [process.args for process in processes if process.poll() is not None]
+        assert not ended, f"ended before {what}: {ended}"
         assert time.monotonic() < deadline, f"{what} did not happen within {timeout:g} s"
         time.sleep(0.01)
