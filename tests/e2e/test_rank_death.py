@@ -48,7 +48,7 @@ def training(folder: Path) -> bool:
     [
         pytest.param(signal.SIGKILL, 600.0, 30.0, "is gone", id="killed"),
         pytest.param(
-            signal.SIGSTOP, 5.0, 40.0, r"(does not answer|has not answered for 5 s)", id="stopped",
+            signal.SIGSTOP, 10.0, 60.0, r"(does not answer|has not answered for 10 s)", id="stopped",
             marks=pytest.mark.slow,
         ),
     ],
