@@ -53,6 +53,11 @@ test-slow: ## run the slow tests too
 	@scripts/bootstrap.sh test
 	@$(PYTEST) -m "not gpu" --ignore tests/triton_gate $(ARGS)
 
+.PHONY: test-layouts
+test-layouts: ## prove that every parallel layout trains every kind of model as one process does
+	@scripts/bootstrap.sh test
+	@$(PYTEST) tests/parallel/test_matrix.py $(ARGS)
+
 .PHONY: bench
 bench: setup ## measure training throughput on this machine
 	@$(BIN)/python benchmarks/train_throughput.py $(ARGS)

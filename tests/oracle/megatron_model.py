@@ -94,6 +94,7 @@ def _run(
     settings = DistributedDataParallelConfig(use_distributed_optimizer=wanted.distributed)
     ddp = DistributedDataParallel(model.config, settings, model)
     optimizer = get_megatron_optimizer(_optimizer_config(OptimizerConfig, wanted), [ddp])
+    _set_rates(optimizer, wanted)
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     done = []
     for batches in steps:
@@ -259,6 +260,26 @@ def _owned(optimizer: Any, parameter: torch.nn.Parameter, distributed: bool) -> 
             owned.view(-1)[own.start : own.end] = whole.view(-1)[own.start : own.end]
             return owned
     return torch.full_like(whole, torch.nan)
+
+
+def _set_rates(optimizer: Any, wanted: Optimizer) -> None:
+    """By Megatron's scheduler: only it brings to the optimizer that vectors do not decay."""
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    rate, decay = wanted.learning_rate, wanted.weight_decay
+    OptimizerParamScheduler(
+        optimizer,
+        init_lr=rate,
+        max_lr=rate,
+        min_lr=rate,
+        lr_warmup_steps=0,
+        lr_decay_steps=1,
+        lr_decay_style="constant",
+        start_wd=decay,
+        end_wd=decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
 
 
 def _optimizer_config(make: Any, wanted: Optimizer) -> Any:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megalite.config import ModelConfig, ParallelConfig
 from megalite.data.loader import MicroBatch
 from megalite.parallel.collectives import all_reduce_sum
-from megalite.parallel.mesh import mesh_of_group
+from megalite.parallel.mesh import Mesh, mesh_of_group
 from megalite.parallel.random import initialize
 from megalite.train.replica import Replica, build_replica
 from tests.parallel.layouts import Outcome, assert_equal
@@ -46,8 +47,12 @@ def parts_of(replica: Replica, kind: Any) -> list[Part]:
 
 
 def make_replica(layout: ParallelConfig, config: ModelConfig, dtype: torch.dtype, tokens: int) -> Replica:
-    """The replica of this process in the default group, with the same initial weights as `layouts.build`."""
-    mesh = mesh_of_group(layout, torch.device("cpu"))
+    """The replica of this process in the default group, with the same initial weights as `layouts.build`.
+
+    In a process that is in no group, a replica of one process.
+    """
+    cpu = torch.device("cpu")
+    mesh = mesh_of_group(layout, cpu) if dist.is_initialized() else Mesh(cpu)
     return build_replica(
         config,
         layout,
