@@ -15,6 +15,10 @@ COMMANDS = {
         "megalite.cli.pretrain",
         "pre-train a base model, or continue a run from its newest checkpoint",
     ),
+    "plan": (
+        "megalite.cli.plan",
+        "what a configuration means on N processes: layout, idle time, traffic, memory",
+    ),
     "replay": (
         "megalite.cli.replay",
         "repeat one step of a run and name the first thing in it that is not finite",

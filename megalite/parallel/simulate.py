@@ -23,6 +23,8 @@ class StageTimes:
     backward_input: tuple[float, ...]
     backward_weight: tuple[float, ...]
     send: float = 0.0
+    backward: tuple[float, ...] = ()
+    """Of whole backward passes, where they are known not to take as long as their two halves."""
 
     @classmethod
     def even(
@@ -37,12 +39,11 @@ class StageTimes:
         return cls((forward,) * num_stages, (input_,) * num_stages, (weight,) * num_stages, send)
 
     def of(self, op: Op) -> float:
-        """Seconds that an action computes; a whole backward pass is its two halves."""
+        """Seconds that an action computes."""
         i = op.stage
-        if op.kind == "F":
-            return self.forward[i]
-        input_, weight = self.backward_input[i], self.backward_weight[i]
-        return {"I": input_, "W": weight, "B": input_ + weight}[op.kind]
+        if op.kind == "B":
+            return self.backward[i] if self.backward else self.backward_input[i] + self.backward_weight[i]
+        return {"F": self.forward, "I": self.backward_input, "W": self.backward_weight}[op.kind][i]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +158,10 @@ def simulate(table: Table, times: StageTimes, memory: StageBytes | None = None) 
     """
     facts = check_complete(table)
     memory = memory or StageBytes.units(facts.num_stages)
-    _check_length("times", facts.num_stages, times.forward, times.backward_input, times.backward_weight)
+    whole = times.backward or times.backward_input
+    _check_length(
+        "times", facts.num_stages, times.forward, times.backward_input, times.backward_weight, whole
+    )
     _check_length("bytes", facts.num_stages, memory.activations, memory.for_weights)
     run = _Run(table, times, memory, facts)
     ready = list(range(len(table)))

@@ -27,6 +27,8 @@ class StageCosts:
     layers: tuple[int, ...]
     embedding: int
     head: int
+    attention: tuple[int, ...] = ()
+    """The part of each layer that is scores and values: it has no weights."""
 
     def of(self, layers: range, *, first: bool, last: bool) -> int:
         """Cost of a stage that holds some layers, and the embedding or the head if it is the first or the last."""
@@ -116,12 +118,11 @@ def stage_costs(model: ModelConfig, seq_length: int) -> StageCosts:
     hidden, ffn, head = model.hidden_size, model.ffn_hidden_size, model.size_per_head
     queries, keys = model.num_attention_heads * head, model.kv_heads * head
     products = hidden * (2 * queries + 2 * keys) + hidden * ffn * (3 if model.gated else 2)
-    layers = []
-    for i in range(model.num_layers):
-        keys_seen = min(seq_length, model.window_of_layer(i) or seq_length)
-        layers.append(6 * products + 6 * keys_seen * queries)
+    windows = [model.window_of_layer(i) or seq_length for i in range(model.num_layers)]
+    attention = tuple(6 * min(seq_length, window) * queries for window in windows)
+    layers = tuple(6 * products + scores for scores in attention)
     embedding = EMBEDDING_FLOPS_PER_ELEMENT * hidden
-    return StageCosts(tuple(layers), embedding, 6 * hidden * model.vocab_size)
+    return StageCosts(layers, embedding, 6 * hidden * model.vocab_size, attention)
 
 
 def balance(costs: StageCosts, stages: int) -> tuple[range, ...]:

@@ -69,8 +69,8 @@ class StepShape:
     """Tokens of a sample, by which pipeline stages are balanced."""
     dtype: torch.dtype = torch.bfloat16
     """Compute type."""
-    layers_made_again: int = 0
-    """Layers of a rank that are recomputed in whole."""
+    made_again: frozenset[int] = frozenset()
+    """Layers that are recomputed in whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,13 +135,13 @@ class _Local:
         self.model, self.parallel, self.step, self.plan, self.rank = model, parallel, step, plan, rank
         self.stages = plan.stages_of(rank)
         self.layers = sum(len(plan.layers[stage]) for stage in self.stages)
-        self.again = min(self.layers, step.layers_made_again)
         self.first, self.last = 0 in self.stages, plan.num_stages - 1 in self.stages
         self.sequence = parallel.sequence_parallel and parallel.tp > 1
         self.itemsize, self.wide = step.dtype.itemsize, max(4, step.dtype.itemsize)
         self.tokens = step.micro_batch_tokens // parallel.cp
         self.activation = self.tokens * model.hidden_size * self.itemsize
         numbers = tuple(layer for stage in self.stages for layer in plan.layers[stage])
+        self.again = len(step.made_again.intersection(numbers))
         split = TensorSplit(Axis(parallel.tp, tp_rank), self.sequence)
         part = ModelPart(numbers, embedding=self.first, head=self.last)
         self.module = Transformer(model, split, part=part, device="meta")

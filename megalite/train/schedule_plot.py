@@ -43,7 +43,7 @@ STYLE: dict[Any, Any] = {
 LEFT_IN, RIGHT_IN, TOP_IN, BOTTOM_IN = 0.95, 1.5, 1.05, 0.55
 ROW_IN, GAP_IN, MEMORY_IN = 0.36, 0.42, 1.35
 """Inches: margins, a rank's row, the gap above the memory lines, and their height."""
-MIN_WIDTH_IN, MAX_WIDTH_IN, BOX_IN = 7.0, 60.0, 0.2
+MIN_WIDTH_IN, MAX_WIDTH_IN, BOX_IN = 7.0, 30.0, 0.2
 """The time axis is as long as it takes for the shortest action to be BOX_IN wide, within these limits."""
 UNDATED: dict[str, dict[str, Any]] = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 """Endings of files → what keeps the date out of them, so that one schedule is one file."""

@@ -111,6 +111,13 @@ def test_uneven_stages_wait_for_the_slowest():
     assert timeline.bubble_of(0) == pytest.approx(1 - 48 / 147)
 
 
+def test_whole_backward_passes_may_have_their_own_time():
+    times = StageTimes((1.0,), (1.0,), (1.0,), backward=(1.5,))
+    assert simulate(parse_table(["0F0 0B0 0F1 0I1 0W1"]), times).makespan == 1 + 1.5 + 1 + 1 + 1
+    with pytest.raises(ValueError, match="times of 2 stages for a table of 1"):
+        simulate(parse_table(["0F0 0B0"]), StageTimes((1.0,), (1.0,), (1.0,), backward=(1.0, 1.0)))
+
+
 def test_bytes_follow_the_stages():
     """Stage 1 keeps 5 bytes until its weights' gradients, and still 2 between the two."""
     table = parse_table(["0F0 1F0 1I0 0B0 1W0"])

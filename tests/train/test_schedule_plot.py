@@ -57,7 +57,7 @@ def test_numbers_that_do_not_fit_are_left_out():
         table, StageTimes((1.0, 1e-4), (1.0, 1e-4), (1.0, 1e-4)), StageBytes((2e9, 1e9), (2e9, 1e9))
     )
     figure = draw_schedule(drawn, Words(title="uneven", memory="GB", memory_unit=1e9))
-    assert figure.get_figwidth() <= 63
+    assert figure.get_figwidth() <= 33
     assert len([text for text in figure.axes[0].texts if text.get_text() == "0"]) == 2
     assert figure.axes[1].lines[0].get_ydata().max() == 2.0  # type: ignore[union-attr]
 
