@@ -18,6 +18,7 @@ from megalite.config_parallel import SINGLE_STAGE, V_SHAPED, Schedule
 from megalite.data.dataset import open_prepared
 from megalite.errors import UserError
 from megalite.parallel.action_table import schedule_table
+from megalite.parallel.mesh import Axis, Mesh
 from megalite.parallel.simulate import StageBytes, StageTimes, Timeline, simulate
 from megalite.parallel.stages import StageCosts, StagePlan, plan_stages, stage_costs
 from megalite.train.communication import StepBytes, StepShape, step_bytes
@@ -29,7 +30,7 @@ from megalite.train.memory_estimate import (
     outer_parameters,
     recompute_choices,
 )
-from megalite.train.setup import settle_model
+from megalite.train.setup import settle_model, validate_layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +93,11 @@ def plan_run(config: RunConfig, processes: int) -> RunPlan:
         raise UserError(f"--processes {processes} must be at least 1")
     config = dataclasses.replace(config, model=_settled_model(config))
     model, parallel, train = config.model, config.parallel, config.train
-    parallel.validate_model(model)
     dp = parallel.dp_size(processes)
-    train.validate_world(dp)
+    validate_layout(
+        config, Mesh(torch.device("cpu"), tp=Axis(parallel.tp), cp=Axis(parallel.cp), dp=Axis(dp))
+    )
     micro_batches = train.global_batch_size // (train.micro_batch_size * dp)
-    parallel.validate_microbatches(micro_batches)
-    _check_tokens(config)
     dtype = torch.float32 if train.precision == "fp32" else torch.bfloat16
     tokens = train.micro_batch_size * train.seq_length
     job = Job(
@@ -144,16 +144,6 @@ def _settled_model(config: RunConfig) -> ModelConfig:
             "--model.vocab-size or --data.datasets"
         )
     return settle_model(config, open_prepared(config.data.datasets)[0].tokenizer())
-
-
-def _check_tokens(config: RunConfig) -> None:
-    parallel, tokens = config.parallel, config.train.micro_batch_size * config.train.seq_length
-    parts = (2 * parallel.cp if parallel.cp > 1 else 1) * (parallel.tp if parallel.sequence_parallel else 1)
-    if tokens % parts:
-        raise UserError(
-            f"train.micro_batch_size · train.seq_length = {tokens} tokens must be a multiple of {parts} to be divided "
-            f"over parallel.tp={parallel.tp} (sequence parallel) and 2 · parallel.cp={parallel.cp} chunks"
-        )
 
 
 def stage_times(model: ModelConfig, parallel: ParallelConfig, seq_length: int, plan: StagePlan) -> StageTimes:

@@ -112,10 +112,10 @@ def test_a_drawing(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     [
         (["--processes", "12"], "needs a multiple of 8 processes, not 12: start 8 or 16"),
         (["--processes", "0"], "--processes 0 must be at least 1"),
-        (["--processes", "8", "--parallel.tp", "3", "--parallel.pp", "1"], "parallel.tp=3 must divide"),
+        (["--processes", "6", "--parallel.tp", "3", "--parallel.pp", "1"], "parallel.tp=3 must divide"),
         (
-            ["--processes", "8", "--train.global-batch-size", "6"],
-            "whole rounds of pp=4, not 6 a step: take 4 or 8",
+            ["--processes", "8", "--train.global-batch-size", "9"],
+            "whole rounds of pp=4, not 9 a step: take 8 or 12",
         ),
         (
             ["--processes", "64", "--train.global-batch-size", "12"],
