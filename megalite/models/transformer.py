@@ -297,12 +297,17 @@ class Transformer(nn.Module):
         """Logits [V] of what follows `tokens` [1, S]."""
         return self.logits(self(tokens, cache=cache)[0, -1])
 
-    def new_cache(self, batch_size: int, capacity: int) -> list[LayerCache]:
-        """An empty key/value cache for `capacity` tokens of each of `batch_size` sequences."""
+    def new_cache(self, batch_size: int, capacity: int, dtype: torch.dtype | None = None) -> list[LayerCache]:
+        """An empty key/value cache for `capacity` tokens of each of `batch_size` sequences.
+
+        `dtype` is that of the computation, where the parameters are kept in another.
+        """
         config, weight = self.config, next(self.parameters())
         heads = max(1, config.kv_heads // self.split.axis.size)
         shape = (batch_size, capacity, heads, config.size_per_head)
-        return [LayerCache(*shape, dtype=weight.dtype, device=weight.device) for _ in self.part.layers]
+        return [
+            LayerCache(*shape, dtype=dtype or weight.dtype, device=weight.device) for _ in self.part.layers
+        ]
 
 
 def _frequencies(config: ModelConfig, device: torch.device) -> Tensor:

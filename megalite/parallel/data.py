@@ -39,13 +39,12 @@ class FlatBuffers:
         model: parameters on one device, in fp32 (or wider). They become views of the new buffers, in `dtype`.
         mesh: gradients are summed over `data`; `shard` divides the state with `parallel.zero` = 1.
         dtype: compute type of the weights; the masters keep the values given.
-        parallel: zero (0 or 1), bucket_size and grad_reduce_dtype.
+        parallel: bucket_size, grad_reduce_dtype and zero: 0 divides nothing.
     """
 
     def __init__(self, model: nn.Module, mesh: Mesh, dtype: torch.dtype, parallel: ParallelConfig) -> None:
-        assert parallel.zero in (0, 1), f"zero={parallel.zero} is not for flat buffers"
         self.mesh = mesh
-        divided = parallel.zero == 1
+        divided = parallel.zero != 0
         self.shard = mesh.shard if divided else ALONE
         self.replicate = mesh.replicate if divided else mesh.data
         plans = [plan_slots(model, decay, parallel.bucket_size) for decay in (True, False)]
@@ -104,11 +103,9 @@ class FlatBuffers:
         self.reducer.finish()
         sum_partial(self._boxes["main_grad"], self.mesh.tp)
         tied = [bucket.main_grad[bucket.own] for bucket in self.buckets if bucket.tied]
-        if len(tied) == 2:  # a pipeline in the shape of a V: both ends are on this process
-            tied[0].add_(tied[1])
-            tied[1].copy_(tied[0])
-        elif tied:
-            all_reduce_sum(tied[0], self.mesh.tied)
+        assert len(tied) <= 1, "one end of a pipeline holds one of the two copies"
+        for gradient in tied:
+            all_reduce_sum(gradient, self.mesh.tied)
 
     def local_finite(self) -> Tensor:
         """See `ModelState`; of the step whose gradients were finished last."""

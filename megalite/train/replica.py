@@ -170,7 +170,7 @@ class Replica:
 
     def new_cache(self, batch_size: int, capacity: int) -> list[LayerCache]:
         """An empty key/value cache for the layers of this process."""
-        return self.model.new_cache(batch_size, capacity)
+        return self.model.new_cache(batch_size, capacity, self.dtype)
 
     @torch.no_grad()
     def next_logits(self, tokens: Tensor, cache: list[LayerCache] | None) -> Tensor:

@@ -1,0 +1,251 @@
+"""FSDP2 on several ranks against one process: loss, every gradient, the norm, weights after three steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from megalite.config import ParallelConfig, RecomputeConfig
+from megalite.parallel.data import FlatBuffers
+from megalite.parallel.fsdp import ShardedModules
+from megalite.parallel.make_state import make_state
+from megalite.parallel.mesh import Mesh, mesh_of_group
+from megalite.parallel.random import initialize
+from megalite.parallel.tensor import UNSPLIT
+from megalite.train.generate import generate
+from megalite.train.replica import build_replica
+from tests.helpers.trace import trace
+from tests.parallel import layouts
+from tests.parallel.layouts import MODELS, build
+from tests.parallel.replicas import assert_equals, run_layout
+from tests.parallel.states import (
+    CPU,
+    assert_same,
+    compare,
+    forward_backward,
+    make_batches,
+    one_process,
+    put_together,
+    sgd,
+    steps_on_rank,
+)
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+def check(rank_pool: Any, ranks: int, name: str, dtype: torch.dtype, **layout: Any) -> None:
+    parallel = ParallelConfig(zero=3, **layout)
+    batches = make_batches(2 * parallel.dp_size(ranks))
+    got = put_together(rank_pool(ranks).run(steps_on_rank, parallel, name, dtype, batches))
+    assert_same(got, one_process(name, dtype, batches), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", ["llama", "qwen3-tied", "gpt2"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_fully_sharded(rank_pool, ranks, name, dtype):
+    check(rank_pool, ranks, name, dtype)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3-tied", "gpt2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"dp_shard": 2},
+        {"dp_shard": 1},
+        {"tp": 2},
+        {"tp": 2, "sequence_parallel": False},
+        {"cp": 2},
+        {"cp": 4},
+    ],
+    ids=str,
+)
+def test_with_other_axes(rank_pool, layout, name):
+    """Four ranks; dp takes what is left. Without ranks to divide over it is plain data parallelism."""
+    check(rank_pool, 4, name, torch.float64, **layout)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zbv"])
+def test_with_a_pipeline(rank_pool, schedule):
+    """Several forward passes before the first backward pass. Weight gradients are not put off: there are no sinks."""
+    deep = dataclasses.replace(MODELS["qwen3-tied"], num_layers=4)
+    batches = make_batches(8)
+    layout = ParallelConfig(zero=3, pp=2, pp_schedule=schedule)
+    answers = rank_pool(4).run(run_layout, layout, deep, torch.float64, batches)
+    assert_equals(answers, layouts.one_process(deep, torch.float64, batches), 1e-10)
+
+
+def average(state: ShardedModules) -> None:
+    """What FSDP2 does if it is not told otherwise."""
+    for unit in state._units:
+        unit.set_gradient_divide_factor(float(state.mesh.data.size))
+
+
+def test_averaged_gradients_are_caught(rank_pool):
+    batches, truth = make_batches(4), one_process("llama", torch.float64, make_batches(4))
+    job = (ParallelConfig(zero=3), "llama", torch.float64, batches, 3, None, average)
+    got = put_together(rank_pool(2).run(steps_on_rank, *job))
+    with pytest.raises(AssertionError, match="step 0, gradient of"):
+        assert_same(got, truth, 1e-10)
+
+
+def publish_job() -> list[float]:
+    """Losses without gradients: before an update, after it, and after it was published."""
+    layout = ParallelConfig(zero=3)
+    mesh = mesh_of_group(layout, CPU)
+    model = build(MODELS["llama"], UNSPLIT, torch.float32)
+    state = make_state(model, mesh, torch.float32, layout)
+    (batch,) = make_batches(1)
+    losses = []
+    with torch.no_grad():
+        losses.append(float(layouts.loss_of(model, batch, None)))
+        for box in state.boxes("master"):
+            if box.piece.name == "head.weight":
+                box.tensor.zero_()
+        losses.append(float(layouts.loss_of(model, batch, None)))
+        state.publish()
+        losses.append(float(layouts.loss_of(model, batch, None)))
+    return losses
+
+
+def test_published_weights_are_used(rank_pool):
+    """What a forward pass without a backward pass has gathered stays gathered until new weights are published."""
+    for before, stale, after in rank_pool(2).run(publish_job):
+        assert before == stale, "if this is no longer so, publish need not do anything"
+        assert after != before
+
+
+def test_bf16_weights_give_the_gradients_that_flat_buffers_give(rank_pool):
+    """The same products on the same rounded weights; here their gradients are rounded to bf16 before they are added."""
+    batches, jobs = make_batches(4), [ParallelConfig(zero=zero) for zero in (1, 3)]
+    flat, sharded = (
+        put_together(rank_pool(2).run(steps_on_rank, job, "llama", torch.float32, batches, 1, torch.bfloat16))
+        for job in jobs
+    )
+    assert sharded.losses == flat.losses
+    compare(sharded.gradients[0], flat.gradients[0], 2.0**-8, "gradient of")
+
+
+def test_bf16_on_the_wire(rank_pool):
+    batches = make_batches(4)
+    usual, narrow = (
+        put_together(
+            rank_pool(2).run(
+                steps_on_rank,
+                ParallelConfig(zero=3, grad_reduce_dtype=wire),
+                "llama",
+                torch.float32,
+                batches,
+                1,
+            )
+        )
+        for wire in ("fp32", "bf16")
+    )
+    compare(narrow.gradients[0], usual.gradients[0], 2.0**-8, "gradient of")
+    differing = [n for n, g in narrow.gradients[0].items() if not torch.equal(g, usual.gradients[0][n])]
+    assert len(differing) == len(usual.gradients[0]), "nothing was rounded"
+
+
+def finite_job() -> list[bool]:
+    """Rank 1 has a NaN in its gradient, in the second step only: what each rank says of its own."""
+    layout = ParallelConfig(zero=3)
+    mesh = mesh_of_group(layout, CPU)
+    model = build(MODELS["llama"], UNSPLIT, torch.float32)
+    state = make_state(model, mesh, torch.float32, layout)
+    batches = make_batches(4)[mesh.dp.rank :: 2]
+    said = []
+    for step in range(3):
+        scale = torch.nan if step == 1 and mesh.rank == 1 else 0.01
+        state.start_step(2)
+        forward_backward(model, mesh, layout, batches, scale)
+        state.finish_gradients()
+        said.append(bool(state.local_finite()))
+    return said
+
+
+def test_only_the_rank_that_went_bad_says_so(rank_pool):
+    assert rank_pool(2).run(finite_job) == [[True, True, True], [True, False, True]]
+
+
+def bytes_job(dtype: torch.dtype) -> tuple[dict[str, int], int, int]:
+    layout = ParallelConfig(zero=3)
+    mesh = mesh_of_group(layout, CPU)
+    model = build(MODELS["llama"], UNSPLIT, torch.float32)
+    state = make_state(model, mesh, dtype, layout)
+    assert isinstance(state, ShardedModules)
+    batches = make_batches(4)[mesh.dp.rank :: 2]
+    for _ in range(2):
+        state.start_step(2)
+        with trace() as events:
+            forward_backward(model, mesh, layout, batches, 0.01)
+        state.finish_gradients()
+        sgd(state)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    blocks = sum(size for name, size in sizes.items() if name.startswith("layers."))
+    kinds = {kind: events.bytes_of(kind) for kind in ("all_gather", "reduce_scatter")}
+    return kinds, blocks, sum(sizes.values()) - blocks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_of_a_step(rank_pool, dtype):
+    """In each of two micro-batches: blocks gathered twice, the rest once; every gradient scattered, in fp32."""
+    for kinds, blocks, rest in rank_pool(2).run(bytes_job, dtype):
+        assert kinds == {
+            "all_gather": 2 * (2 * blocks + rest) * dtype.itemsize,
+            "reduce_scatter": 2 * (blocks + rest) * 4,
+        }
+
+
+def recompute_job(kind: str) -> list[torch.Tensor]:
+    layout = ParallelConfig(zero=3)
+    mesh = mesh_of_group(layout, CPU)
+    batches = make_batches(4)[mesh.dp.rank :: 2]
+    replica = build_replica(
+        MODELS["llama"],
+        layout,
+        mesh,
+        dtype=torch.float32,
+        micro_batch_tokens=32,
+        fill=lambda model: initialize(model, seed=3),
+        recompute=RecomputeConfig(kind=kind),
+    )
+    replica.gradients(batches, torch.tensor(0.01))
+    replica.state.finish_gradients()
+    return [box.tensor.clone() for box in replica.state.boxes("main_grad")]
+
+
+def test_layers_are_made_again_with_their_weights_there(rank_pool):
+    usual = rank_pool(2).run(recompute_job, "none")
+    for kind in ("selective", "full"):
+        for got, expected in zip(rank_pool(2).run(recompute_job, kind), usual, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def sample_job(dtype: torch.dtype) -> list[int]:
+    layout = ParallelConfig(zero=3)
+    replica = build_replica(
+        MODELS["llama"],
+        layout,
+        mesh_of_group(layout, CPU),
+        dtype=dtype,
+        micro_batch_tokens=32,
+        fill=lambda model: initialize(model, seed=3),
+    )
+    return generate(replica, [1, 2, 3], max_new_tokens=5, temperature=0.8, seed=5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_texts_are_sampled(rank_pool, dtype):
+    expected = generate(
+        build(MODELS["llama"], UNSPLIT, dtype), [1, 2, 3], max_new_tokens=5, temperature=0.8, seed=5
+    )
+    assert rank_pool(2).run(sample_job, dtype) == [expected, expected]
+
+
+def test_one_process_has_nothing_to_divide():
+    model = build(MODELS["llama"], UNSPLIT, torch.float32)
+    state = make_state(model, Mesh(device=CPU), torch.float32, ParallelConfig(zero=3))
+    assert isinstance(state, FlatBuffers)
