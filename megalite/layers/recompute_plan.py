@@ -19,6 +19,8 @@ of `stream`.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -117,15 +119,11 @@ def kept_bytes(model: ModelConfig, share: Share, choice: Recompute = KEEP) -> in
 def recompute_plan(
     model: ModelConfig,
     config: RecomputeConfig,
-    tokens: int,
-    *,
-    parallel: ParallelConfig | None = None,
-    itemsize: int = 2,
-    layers: int | None = None,
-    in_flight: float = 1,
-    other_bytes: int = 0,
+    share: Share,
+    layers: int,
+    kept: Callable[[Sequence[Recompute]], float] | None = None,
 ) -> tuple[Recompute, ...]:
-    """What each layer of a rank makes again.
+    """What each of a rank's layers makes again.
 
     With kind="budget", as little as fits: first the parts, those that free most bytes per operation first, then
     whole layers; each is added to one layer after the other until the kept bytes fit.
@@ -133,12 +131,9 @@ def recompute_plan(
     Args:
         model: its shape.
         config: what the user asks for.
-        tokens: of one micro-batch of one data-parallel rank, before context parallelism divides them.
-        parallel: the layout; None: one process.
-        itemsize: bytes of one activation.
-        layers: layers of this rank, of all its stages; None: all.
-        in_flight: micro-batches whose activations this rank keeps at once, at most.
-        other_bytes: what the budget pays for besides the layers (embedding, loss).
+        share: this rank's part of a micro-batch.
+        layers: number of the rank's layers, of all its stages.
+        kept: bytes that the rank keeps with these choices, when it keeps most; None: its layers' for one micro-batch.
 
     Returns:
         One choice for each layer of the rank, in order.
@@ -146,38 +141,34 @@ def recompute_plan(
     Raises:
         UserError: the budget is too small even if all layers are recomputed in full.
     """
-    count = model.num_layers if layers is None else layers
     if config.kind == "none":
-        return (KEEP,) * count
+        return (KEEP,) * layers
     if config.kind == "full":
-        return (FULL,) * count
+        return (FULL,) * layers
     if config.kind == "selective":
-        return (Recompute(**dict.fromkeys(config.parts, True)),) * count
-    share = Share.of(parallel or ParallelConfig(), tokens, itemsize)
-    return _within(model, share, count, in_flight, config.budget_gb * GB, other_bytes)
-
-
-def _within(
-    model: ModelConfig, share: Share, layers: int, in_flight: float, budget: float, other: int
-) -> tuple[Recompute, ...]:
-    """The cheapest choice whose bytes are at most `budget`."""
-    choice = KEEP
-    plan = [choice] * layers
-    size = other + in_flight * layers * kept_bytes(model, share)
-    for part in (*parts_by_worth(model, share), "full"):
-        before, choice = choice, FULL if part == "full" else replace(choice, **{part: True})
-        freed = in_flight * (kept_bytes(model, share, before) - kept_bytes(model, share, choice))
-        for layer in range(layers):
-            if size <= budget:
-                return tuple(plan)
-            plan[layer], size = choice, size - freed
-    if size > budget:
+        return (Recompute(**dict.fromkeys(config.parts, True)),) * layers
+    budget = config.budget_gb * GB
+    kept = kept or (lambda choices: sum(kept_bytes(model, share, choice) for choice in choices))
+    plans = plans_by_cost(model, share, layers)
+    found = bisect_left(plans, True, key=lambda plan: kept(plan) <= budget)
+    if found == len(plans):
         raise UserError(
-            f"recompute.budget_gb={budget / GB:g} is less than the {size / GB:.3g} GB that {layers} layers with "
-            f"{in_flight:g} micro-batches in flight keep even with recompute.kind='full': raise it, lower "
-            "train.micro_batch_size, or divide the activations by parallel.tp, cp or pp"
+            f"recompute.budget_gb={config.budget_gb:g} is less than the {kept(plans[-1]) / GB:.3g} GB of activations "
+            f"that a rank with {layers} layers keeps even with recompute.kind='full': raise it, lower "
+            "train.micro_batch_size, divide the activations by parallel.tp, cp or pp, or take a pp_schedule that "
+            "keeps fewer micro-batches"
         )
-    return tuple(plan)
+    return plans[found]
+
+
+def plans_by_cost(model: ModelConfig, share: Share, layers: int) -> list[tuple[Recompute, ...]]:
+    """From nothing to everything made again, one thing in one layer more at a time, the cheapest first."""
+    choice = KEEP
+    plans = [(choice,) * layers]
+    for part in (*parts_by_worth(model, share), "full"):
+        choice = FULL if part == "full" else replace(choice, **{part: True})
+        plans += [(choice,) * done + plans[-1][done:] for done in range(1, layers + 1)]
+    return plans
 
 
 def parts_by_worth(model: ModelConfig, share: Share) -> list[str]:

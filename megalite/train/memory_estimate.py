@@ -31,14 +31,15 @@ Source: Korthikanti et al., arXiv 2205.05198 (activations); Rajbhandari et al., 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from megalite.config import ModelConfig, ParallelConfig, RecomputeConfig
 from megalite.config_parallel import ZERO_BUBBLE
 from megalite.layers.recompute import Recompute
 from megalite.layers.recompute_plan import Share, kept_bytes, layer_bytes, recompute_plan
-from megalite.parallel.action_table import schedule_table
-from megalite.parallel.simulate import StageBytes, StageTimes, simulate
+from megalite.parallel.action_table import Op, Step, Table, schedule_table
 from megalite.parallel.stages import StagePlan, plan_stages
 from megalite_kernels.reference.linear_cross_entropy import CPU_LIMITS, ROW_ALIGNMENT, chunk_rows, cuda_limits
 
@@ -122,7 +123,8 @@ def estimate_memory(job: Job) -> tuple[RankMemory, ...]:
     job.parallel.validate_model(job.model)
     job.parallel.validate_microbatches(job.num_microbatches)
     kept = activation_peaks(job)
-    return tuple(_rank_memory(job, rank, kept[rank]) for rank in range(job.parallel.pp))
+    full = any(choice.full for choice in recompute_choices(job).values())
+    return tuple(_rank_memory(job, rank, kept[rank], full) for rank in range(job.parallel.pp))
 
 
 def worst_rank(job: Job) -> RankMemory:
@@ -130,7 +132,7 @@ def worst_rank(job: Job) -> RankMemory:
     return max(estimate_memory(job), key=lambda memory: memory.total)
 
 
-def _rank_memory(job: Job, rank: int, activations: int) -> RankMemory:
+def _rank_memory(job: Job, rank: int, activations: int, full: bool) -> RankMemory:
     e, wide, n = job.itemsize, job.share.wide, job.state_ranks
     parallel, plan = job.parallel, job.stages
     own = plan.stages_of(rank)
@@ -150,7 +152,7 @@ def _rank_memory(job: Job, rank: int, activations: int) -> RankMemory:
         activations=activations,
         pipeline=_pipeline_buffers(job, len(own), first, last),
         communication=_bucket_buffers(job, count),
-        workspace=max(_layer_workspace(job), _outer_workspace(job, first, last)),
+        workspace=max(_layer_workspace(job, full), _outer_workspace(job, first, last)),
     )
 
 
@@ -185,41 +187,53 @@ def outer_parameters(model: ModelConfig, tp: int = 1, *, embedding: bool = True,
 
 def activation_peaks(job: Job) -> tuple[int, ...]:
     """Bytes of activations that each pipeline rank keeps at the schedule's peak."""
-    bytes_of = stage_bytes(job)
-    if job.parallel.pp == 1:
-        return (sum(bytes_of),)
-    rest = bytes_of
-    if job.parallel.pp_schedule in ZERO_BUBBLE:
-        rest = [weight_factors(job, len(layers)) for layers in job.stages.layers]
-    return tuple(int(peak) for peak in _schedule_peaks(job.parallel, job.num_microbatches, bytes_of, rest))
+    rows, sizes = _rows(job), stage_bytes(job)
+    return tuple(_peak(row, sizes, _waiting(job, sizes)) for row in rows)
 
 
-def _schedule_peaks(
-    parallel: ParallelConfig, count: int, whole: list[int], rest: list[int]
-) -> tuple[float, ...]:
-    """Most bytes that each rank keeps, of `whole` per micro-batch and stage until its input pass and then `rest`."""
-    table = schedule_table(parallel.pp_schedule, parallel.pp, parallel.stages_per_rank, count)
-    memory = StageBytes(tuple(map(float, whole)), tuple(map(float, rest)))
-    return simulate(table, StageTimes.even(parallel.num_stages), memory).peak_bytes
+def _rows(job: Job) -> Table:
+    """What each pipeline rank computes in a step."""
+    parallel = job.parallel
+    if parallel.pp == 1:
+        return (((Op(0, "F", 0),), (Op(0, "B", 0),)),)
+    return schedule_table(parallel.pp_schedule, parallel.pp, parallel.stages_per_rank, job.num_microbatches)
+
+
+def _waiting(job: Job, whole: Sequence[int]) -> Sequence[int]:
+    """What each stage keeps of one micro-batch between its I and its W pass."""
+    if job.parallel.pp == 1 or job.parallel.pp_schedule not in ZERO_BUBBLE:
+        return whole
+    return [weight_factors(job, len(layers)) for layers in job.stages.layers]
+
+
+def _peak(row: Iterable[Step], whole: Sequence[int], waiting: Sequence[int]) -> int:
+    """Most bytes that a rank keeps; its own order alone decides that, not when it waits for others."""
+    kept = most = 0
+    for step in row:
+        for op in step:
+            all_of_it, rest = whole[op.stage], waiting[op.stage]
+            kept += {"F": all_of_it, "I": rest - all_of_it, "W": -rest, "B": -all_of_it}[op.kind]
+            most = max(most, kept)
+    return most
 
 
 def stage_bytes(job: Job) -> list[int]:
     """What each stage keeps of one micro-batch, from its forward to its backward pass."""
-    plan, share, model = job.stages, job.share, job.model
-    stream = share.stream_tokens * model.hidden_size * share.itemsize
     choices = recompute_choices(job)
-    result = []
-    for number, layers in enumerate(plan.layers):
-        size = sum(kept_bytes(model, share, choices[layer]) for layer in layers)
-        if model.position == "rope":
-            size += share.tokens * model.size_per_head * share.wide
-        if number == 0:
-            size += 9 * share.tokens if share.tp > 1 else 0
-        else:
-            size -= stream  # it is in the engine's buffer
-        last = number == plan.num_stages - 1
-        result.append(size + (loss_bytes(model, share) if last else stream))
-    return result
+    return [_stage_bytes(job, job.stages, stage, choices) for stage in range(job.parallel.num_stages)]
+
+
+def _stage_bytes(job: Job, plan: StagePlan, stage: int, choices: Mapping[int, Recompute]) -> int:
+    share, model, tokens = job.share, job.model, job.share.tokens
+    stream = share.stream_tokens * model.hidden_size * share.itemsize
+    size = sum(kept_bytes(model, share, choices[layer]) for layer in plan.layers[stage])
+    if model.position == "rope":
+        size += tokens * model.size_per_head * share.wide
+    if stage:
+        size -= stream  # it is in the engine's buffer
+    elif share.tp > 1:
+        size += 9 * tokens
+    return size + (loss_bytes(model, share) if stage == plan.num_stages - 1 else stream)
 
 
 def loss_bytes(model: ModelConfig, share: Share) -> int:
@@ -244,37 +258,30 @@ def weight_factors(job: Job, layers: int) -> int:
 
 
 def recompute_choices(job: Job) -> dict[int, Recompute]:
-    """Layer → what it makes again, for all layers of the model; each pipeline rank keeps within its own budget.
+    """Layer → what it makes again, for all layers of the model.
+
+    A budget is each pipeline rank's own, for all that it keeps when it keeps most.
 
     Raises:
         UserError: a budget that cannot be met.
     """
-    plan, parallel = job.stages, job.parallel
-    in_flight = _layers_in_flight(job, plan)
+    plan, share = job.stages, job.share
+    rows = _rows(job) if job.recompute.kind == "budget" else ()
     choices: dict[int, Recompute] = {}
-    for rank in range(parallel.pp):
-        layers = [layer for stage in plan.stages_of(rank) for layer in plan.layers[stage]]
-        last = plan.num_stages - 1 in plan.stages_of(rank)
-        chosen = recompute_plan(
-            job.model,
-            job.recompute,
-            job.tokens,
-            parallel=parallel,
-            itemsize=job.itemsize,
-            layers=len(layers),
-            in_flight=in_flight[rank] / len(layers),
-            other_bytes=loss_bytes(job.model, job.share) if last else 0,
-        )
+    for rank in range(job.parallel.pp):
+        own = plan.stages_of(rank)
+        layers = [layer for stage in own for layer in plan.layers[stage]]
+
+        def kept(chosen: Sequence[Recompute], own: Any = own, layers: Any = layers, rank: int = rank) -> int:
+            trial = dict(zip(layers, chosen, strict=True))
+            sizes = [0] * plan.num_stages
+            for stage in own:
+                sizes[stage] = _stage_bytes(job, plan, stage, trial)
+            return _peak(rows[rank], sizes, _waiting(job, sizes))
+
+        chosen = recompute_plan(job.model, job.recompute, share, len(layers), kept)
         choices.update(zip(layers, chosen, strict=True))
     return choices
-
-
-def _layers_in_flight(job: Job, plan: StagePlan) -> tuple[float, ...]:
-    """Most layers · micro-batches that each rank keeps at one time."""
-    sizes = [len(layers) for layers in plan.layers]
-    if job.parallel.pp == 1 or job.recompute.kind != "budget":
-        return tuple(float(len(plan.layers[rank])) for rank in range(job.parallel.pp))
-    return _schedule_peaks(job.parallel, job.num_microbatches, sizes, sizes)
 
 
 def _pipeline_buffers(job: Job, stages: int, first: bool, last: bool) -> int:
@@ -292,14 +299,12 @@ def _bucket_buffers(job: Job, parameters: int) -> int:
     return min(2 * parallel.bucket_size, parameters) * 2 * 2
 
 
-def _layer_workspace(job: Job) -> int:
+def _layer_workspace(job: Job, full: bool) -> int:
+    """Gradients within a layer, and its activations if they are made again."""
     share, model = job.share, job.model
     kept = layer_bytes(model, share)
     gradients = kept.inner + kept.active + 2 * share.tokens * model.hidden_size * share.itemsize
-    again = 0
-    if any(choice.full for choice in recompute_choices(job).values()):
-        again = sum(kept) - kept.stream // 2
-    return gradients + again
+    return gradients + (sum(kept) - kept.stream // 2 if full else 0)
 
 
 def _outer_workspace(job: Job, first: bool, last: bool) -> int:

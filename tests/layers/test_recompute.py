@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +14,14 @@ from megalite.config import ModelConfig, ParallelConfig, RecomputeConfig
 from megalite.errors import UserError
 from megalite.layers.attention import Context
 from megalite.layers.recompute import FULL, KEEP, Recompute
-from megalite.layers.recompute_plan import Share, kept_bytes, layer_bytes, parts_by_worth, recompute_plan
+from megalite.layers.recompute_plan import (
+    Share,
+    kept_bytes,
+    layer_bytes,
+    parts_by_worth,
+    plans_by_cost,
+    recompute_plan,
+)
 from megalite.layers.rope import rope_frequencies, rope_tables
 from megalite.models.transformer import build_block
 from megalite.parallel.context import ContextSplit
@@ -222,16 +230,20 @@ def test_nothing_is_prepared_without_gradients() -> None:
 
 
 LLAMA = dataclasses.replace(MODELS["llama"], num_layers=4)
+SHARE = Share(TOKENS)
 
 
-def budget_for(plan: list[Recompute], in_flight: int = 1) -> float:
-    share = Share(TOKENS, 2)
-    return in_flight * sum(kept_bytes(LLAMA, share, choice) for choice in plan) / 1e9
+def bytes_of(plan: Sequence[Recompute]) -> int:
+    return sum(kept_bytes(LLAMA, SHARE, choice) for choice in plan)
+
+
+def planned(budget: float, **options: Any) -> list[Recompute]:
+    config = RecomputeConfig(kind="budget", budget_gb=budget / 1e9)
+    return list(recompute_plan(LLAMA, config, SHARE, 4, **options))
 
 
 def test_budget_recomputes_as_little_as_fits() -> None:
-    first = parts_by_worth(LLAMA, Share(TOKENS, 2))[0]
-    one_part = Recompute(**{first: True})
+    one_part = Recompute(**{parts_by_worth(LLAMA, SHARE)[0]: True})
     for plan in (
         [KEEP] * 4,
         [one_part, KEEP, KEEP, KEEP],
@@ -240,35 +252,36 @@ def test_budget_recomputes_as_little_as_fits() -> None:
         [FULL, PARTS, PARTS, PARTS],
         [FULL] * 4,
     ):
-        for in_flight in (1, 3):
-            config = RecomputeConfig(kind="budget", budget_gb=budget_for(plan, in_flight))
-            assert recompute_plan(LLAMA, config, TOKENS, in_flight=in_flight) == tuple(plan)
-    tight = RecomputeConfig(kind="budget", budget_gb=budget_for([KEEP] * 4) - 1e-9)
-    assert recompute_plan(LLAMA, tight, TOKENS) == (one_part, KEEP, KEEP, KEEP)
+        assert planned(bytes_of(plan) + 0.5) == plan
+    assert planned(bytes_of([KEEP] * 4) - 1) == [one_part, KEEP, KEEP, KEEP]
+
+
+def test_budget_is_for_what_the_caller_says_is_kept() -> None:
+    """Three micro-batches in flight, and something that no layer keeps."""
+    assert planned(3 * bytes_of([PARTS] * 4) + 7.5, kept=lambda plan: 3 * bytes_of(plan) + 7) == [PARTS] * 4
+    assert planned(3 * bytes_of([PARTS] * 4) + 6.5, kept=lambda plan: 3 * bytes_of(plan) + 7)[0] == FULL
 
 
 def test_budget_orders_parts_by_bytes_per_operation() -> None:
-    assert parts_by_worth(LLAMA, Share(TOKENS)) == ["attention", "norm", "activation"]
-    assert parts_by_worth(MODELS["gpt2"], Share(TOKENS)) == ["norm", "activation"]
+    assert parts_by_worth(LLAMA, SHARE) == ["attention", "norm", "activation"]
+    assert parts_by_worth(MODELS["gpt2"], SHARE) == ["norm", "activation"]
+
+
+def test_plans_from_cheap_to_dear_keep_less_and_less() -> None:
+    sizes = [bytes_of(plan) for plan in plans_by_cost(LLAMA, SHARE, 4)]
+    assert len(sizes) == 1 + 4 * 4
+    assert sizes == sorted(set(sizes), reverse=True)
 
 
 def test_budget_that_cannot_be_met() -> None:
-    config = RecomputeConfig(kind="budget", budget_gb=budget_for([FULL] * 4) / 2)
-    with pytest.raises(
-        UserError, match=r"budget_gb=\S+ is less than the \S+ GB that 4 layers.*recompute.kind='full'"
-    ):
-        recompute_plan(LLAMA, config, TOKENS)
-
-
-def test_other_bytes_come_out_of_the_budget() -> None:
-    config = RecomputeConfig(kind="budget", budget_gb=budget_for([PARTS] * 4))
-    assert recompute_plan(LLAMA, config, TOKENS, other_bytes=1)[0] == FULL
+    with pytest.raises(UserError, match=r"budget_gb=\S+ is less than the \S+ GB of .* recompute.kind='full'"):
+        planned(bytes_of([FULL] * 4) / 2)
 
 
 def test_plans_of_the_other_kinds() -> None:
-    assert recompute_plan(LLAMA, RecomputeConfig(), 8) == (KEEP,) * 4
-    assert recompute_plan(LLAMA, RecomputeConfig(kind="full"), 8, layers=2) == (FULL,) * 2
-    chosen = recompute_plan(LLAMA, RecomputeConfig(kind="selective", parts=("norm",)), 8)
+    assert recompute_plan(LLAMA, RecomputeConfig(), SHARE, 4) == (KEEP,) * 4
+    assert recompute_plan(LLAMA, RecomputeConfig(kind="full"), SHARE, 2) == (FULL,) * 2
+    chosen = recompute_plan(LLAMA, RecomputeConfig(kind="selective", parts=("norm",)), SHARE, 4)
     assert chosen == (Recompute(norm=True),) * 4
 
 

@@ -225,20 +225,23 @@ def test_sequence_parallelism_divides_the_stream() -> None:
     assert without - with_sp == layers + rest
 
 
-def test_budget_counts_the_micro_batches_in_flight() -> None:
-    """Each pipeline rank fits on its own: earlier ranks keep more micro-batches, and recompute more."""
-    budget = 12.0
-    job = dataclasses.replace(job_of(pp=4), recompute=RecomputeConfig(kind="budget", budget_gb=budget))
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "interleaved", "zbv"])
+def test_budget_holds_at_every_ranks_peak(schedule: str) -> None:
+    """Each pipeline rank fits on its own; with 1F1B earlier ranks keep more micro-batches, and recompute more."""
+    plain = job_of(pp=4, pp_schedule=schedule)
+    # What a zero-bubble schedule's weight passes wait for cannot be made again: three quarters of the peak here.
+    budget = max(activation_peaks(plain)) * (0.8 if schedule == "zbv" else 0.45)
+    job = dataclasses.replace(plain, recompute=RecomputeConfig(kind="budget", budget_gb=budget / GB))
+    peaks = activation_peaks(job)
+    assert 0.9 * budget < max(peaks) <= budget
     choices = recompute_choices(job)
-    per_rank = [[choices[layer] for layer in job.stages.layers[rank]] for rank in range(4)]
-    recomputed = [sum(choice.full for choice in rank) for rank in per_rank]
-    assert recomputed == sorted(recomputed, reverse=True)
-    assert recomputed[0] > recomputed[-1]
-    plain = activation_peaks(dataclasses.replace(job, recompute=RecomputeConfig()))
-    assert plain[0] > budget * GB
-    # The budget is for what the layers keep; the rest of a stage is one hidden state and the angle tables.
-    slack = 4 * (8192 * 4096 * 2 + 8192 * 128 * 4)
-    assert all(peak <= budget * GB + slack for peak in activation_peaks(job))
+    recomputed = [
+        sum(choices[layer].full for stage in job.stages.stages_of(rank) for layer in job.stages.layers[stage])
+        for rank in range(4)
+    ]
+    if schedule == "1f1b":
+        assert recomputed == sorted(recomputed, reverse=True)
+        assert recomputed[0] > recomputed[-1]
     tight = dataclasses.replace(job, recompute=RecomputeConfig(kind="budget", budget_gb=0.1))
     with pytest.raises(UserError, match=r"budget_gb=0\.1 is less than"):
         estimate_memory(tight)
