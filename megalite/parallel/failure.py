@@ -15,6 +15,7 @@ import atexit
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -32,6 +33,8 @@ INTERVAL_S = 1.0
 """Between two signs of life; 512 ranks send 1,500 small requests a second, the store serves many times that."""
 GRACE_S = 5.0
 """From the alarm to the end of a process that does not end by itself, because it waits in a collective."""
+LEFT = b"left"
+"""In the place of a sign of life: this rank needs no watching any more."""
 LISTED = 8
 """Ranks whose place is told when none is gone."""
 
@@ -115,6 +118,8 @@ class Watch:
         self._wake.set()
         if self._thread is not threading.current_thread():
             self._thread.join()
+        with contextlib.suppress(RuntimeError):  # no store, nobody to tell
+            self._store.set(f"beat/{self.rank}", LEFT.decode())
 
     def lost(self) -> str:
         """Why a collective failed, if a rank is gone, silent or failed before this one; empty if none is.
@@ -130,7 +135,8 @@ class Watch:
                 time.sleep(0.05)
             if not cause:
                 second = self._all_beats()
-                silent = [r for r in range(len(first)) if first[r] == second[r] and r != self.rank]
+                still = [r for r, beat in enumerate(second) if beat == first[r] and beat != LEFT]
+                silent = [r for r in still if r != self.rank]
                 cause = self._raise_alarm("does not answer", silent) if silent else ""
         except RuntimeError as error:
             cause = self._no_store(error)
@@ -185,12 +191,13 @@ class Watch:
 
     def _dead_neighbours(self) -> str:
         gone = [r for r, place in enumerate(self.places) if r != self.rank and place.is_gone(self._here)]
+        gone = [r for r in gone if self._store.get(f"beat/{r}") != LEFT]
         return self._raise_alarm("is gone", gone) if gone else ""
 
     def _silent_neighbour(self) -> str:
         """The next rank's silence; with the ranks in a ring, each one has a neighbour that hears it."""
         beat, now = self._store.get(f"beat/{self._next}"), time.monotonic()
-        if beat != self._heard[0]:
+        if beat != self._heard[0] or beat == LEFT:
             self._heard = (beat, now)
         silent = now - self._heard[1] > self.timeout_s
         return self._raise_alarm(f"has not answered for {self.timeout_s:g} s", [self._next]) if silent else ""
@@ -231,7 +238,9 @@ def ends_together(watch: Watch | None) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # all of torch.distributed's are
-        if cause := watch.lost():
+        with _sigterm_ignored():
+            cause = watch.lost()
+        if cause:
             raise RankLostError(lost_message(watch, cause)) from error
         if "timed out" in str(error).lower():
             text = f"a collective did not end within parallel.timeout_s={watch.timeout_s:g}, no rank is gone"
@@ -245,6 +254,19 @@ def ends_together(watch: Watch | None) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def _sigterm_ignored() -> Iterator[None]:
+    """torchrun ends the survivors of a death with SIGTERM within 0.1 s, before they could say what they know."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 def _status(pid: int) -> tuple[str, str]:
     """State letter and start time of a process from /proc; empty if there is none."""
     try:
@@ -256,7 +278,7 @@ def _status(pid: int) -> tuple[str, str]:
 
 
 def _calls_of(beat: bytes) -> str:
-    return beat.decode().partition(" ")[2]
+    return beat.decode().partition(" ")[2] or "at its end"
 
 
 def _first_line(error: BaseException) -> str:

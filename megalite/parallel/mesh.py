@@ -116,8 +116,10 @@ def launched_world_size() -> int:
 def make_mesh(config: ParallelConfig, device: str = "auto") -> Mesh:
     """Join the processes that were launched together and return this one's place among them.
 
-    Reads torchrun's RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; without them the mesh has one process
-    and ``torch.distributed`` is not touched.
+    Reads torchrun's RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without them the
+    mesh has one process and ``torch.distributed`` is not touched. With them the mesh has a `Watch`, which ends this
+    process when another is lost: put `megalite.parallel.failure.ends_together` around what follows, and leave by
+    `close_mesh`.
 
     Args:
         config: degrees of the axes, back-end and timeout of the collectives.
@@ -125,7 +127,8 @@ def make_mesh(config: ParallelConfig, device: str = "auto") -> Mesh:
 
     Raises:
         UserError: ``cuda`` was asked for and this process has no GPU, nccl without GPUs, or the number of
-            processes does not fit the degrees.
+            processes does not fit the degrees; a launcher's variable is missing, or ranks do not come within
+            `timeout_s`.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

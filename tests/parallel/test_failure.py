@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 import threading
@@ -119,9 +120,17 @@ def test_the_first_alarm_stays(watches):
 
 def test_silence_is_noticed():
     first, second = two_watches(timeout_s=1.0)
-    second.stop()  # no sign of life any more, though its process lives
-    assert "rank 1 on host" in first.lost()
+    second._beat = lambda: None  # no sign of life any more, though its process lives
+    assert re.search(r"rank 1 on host \S+ (does not answer|has not answered for 1 s)", first.lost())
     first.stop()
+    second.stop()
+
+
+def test_a_rank_that_left_is_neither_silent_nor_gone(watches):
+    first, second = watches
+    second.stop()
+    first.places[1] = dataclasses.replace(first.places[1], started="1")  # as if its process had ended
+    assert first.lost() == ""
 
 
 def test_a_rank_that_only_waits_is_not_accused(watches):
