@@ -77,8 +77,9 @@ def spread(ranks: int, **layout: Any) -> Case:
 TENSOR = [spread(tp, tp=tp, sequence_parallel=sp) for tp in (2, 4) for sp in (False, True)]
 PIPELINE = [spread(pp, pp=pp, pp_schedule=schedule) for pp in (2, 4) for schedule in SCHEDULES]
 CONTEXT = [spread(cp, cp=cp, cp_method=method) for cp in (2, 4) for method in ("ring", "ulysses")]
-DATA = [spread(dp, zero=zero) for dp in (1, 2, 4) for zero in (0, 1)]
+DATA = [spread(dp, zero=zero) for dp in (1, 2, 4) for zero in (0, 1, 3)]
 MIXED = [
+    spread(4, tp=2, zero=3),
     spread(4, tp=2, cp=2),
     spread(4, pp=2, cp=2, pp_schedule="1f1b", cp_method="ulysses"),
     spread(4, tp=2, pp=2, pp_schedule="zbv", zero=0),
@@ -89,11 +90,16 @@ MIXED = [
     spread(8, tp=2, cp=2, pp=2, pp_schedule="dualpipev"),
     spread(8, cp=2, pp=2, pp_schedule="zbv", cp_method="ulysses", zero=1),
     spread(8, pp=4, pp_schedule="dualpipev", zero=1),
+    spread(8, pp=2, pp_schedule="gpipe", zero=3),
     spread(8, tp=2, cp=2, zero=1, tp_chunks=2),
+    spread(8, tp=4, zero=3),
     spread(8, tp=2, zero=1, dp_shard=2, bucket_size=2000),
+    spread(8, cp=4, zero=3),
+    spread(8, cp=2, zero=3, dp_shard=2),
     spread(8, zero=1, dp_shard=4),
+    spread(4, pp=2, pp_schedule="dualpipev", zero=3),
 ]
-"""On 4 and 8 processes, with small buckets, hierarchical sharding and chunked products among them."""
+"""On 4 and 8 processes; with small buckets, hierarchical sharding, chunked products, ZeRO-3 under pipelines."""
 CASES = [*TENSOR, *PIPELINE, *CONTEXT, *DATA, *MIXED]
 
 
