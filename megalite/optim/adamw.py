@@ -8,6 +8,7 @@ from torch import Tensor
 from megalite.config import OptimizerConfig
 from megalite.parallel.collectives import all_reduce_sum
 from megalite.parallel.mesh import ALONE, Axis
+from megalite.parallel.partial import box_norms
 from megalite.parallel.state import ModelState
 from megalite_kernels import adamw_
 
@@ -68,13 +69,19 @@ class AdamW:
         Waits for the device. A healthy pre-training run is near 1e-3.
         """
         steps = max(1.0, self.step_count.item())
-        squares = torch.zeros(2, dtype=torch.float64, device=self.step_count.device)
-        kinds = (self.state.boxes(kind) for kind in ("exp_avg", "exp_avg_sq", "master"))
-        for copies, *boxes in zip(self.state.box_copies(), *kinds, strict=True):
-            if boxes[0].piece.decay:
-                first, second, master = (box.tensor.flatten() for box in boxes)
-                squares[0] += self._update_square(first, second, steps) / copies
-                squares[1] += torch.linalg.vector_norm(master).double().square() / copies
+        device = self.step_count.device
+        squares = torch.zeros(2, dtype=torch.float64, device=device)
+        masters = self.state.boxes("master")
+        moments = zip(self.state.boxes("exp_avg"), self.state.boxes("exp_avg_sq"), strict=True)
+        norms = box_norms(masters, device).double()
+        for box, norm, (first, second), copies in zip(
+            masters, norms, moments, self.state.box_copies(), strict=True
+        ):
+            if box.piece.decay:
+                squares[0] += (
+                    self._update_square(first.tensor.flatten(), second.tensor.flatten(), steps) / copies
+                )
+                squares[1] += norm.square() / copies
         update, weight = all_reduce_sum(squares, self.world).sqrt().tolist()
         return learning_rate * update / max(weight, 1e-30), weight
 

@@ -27,7 +27,7 @@ from megalite.parallel.gathering import WeightGatherer
 from megalite.parallel.gradients import GradientSink, set_sink
 from megalite.parallel.mesh import ALONE, Mesh
 from megalite.parallel.partial import box_copies, sum_partial
-from megalite.parallel.pieces import Box, Piece
+from megalite.parallel.pieces import Box
 from megalite.parallel.reduction import GradientReducer
 from megalite.parallel.state import Kind, OptimizerShard
 
@@ -156,16 +156,3 @@ class FlatBuffers:
         self._hooks = []
         for _, slot in self._slots():
             set_sink(slot.parameter, None)
-
-    def grad_views(self) -> list[Tensor]:
-        """Main gradient of every parameter, in the order of `names`."""
-        return [slot.view(bucket.main_grad) for bucket, slot in self._slots()]
-
-    def names(self) -> list[str]:
-        """Parameter names in the order of `grad_views`."""
-        return [slot.name for _, slot in self._slots()]
-
-    def piece_tensors(self, kind: Kind) -> Iterator[tuple[Piece, Tensor]]:
-        """Each piece with one kind of state, where this process owns everything."""
-        assert self.shard.size == 1, "with ZeRO-1 a process has parts of pieces: see `boxes`"
-        return ((box.piece, box.tensor) for box in self._boxes[kind])

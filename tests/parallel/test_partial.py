@@ -62,6 +62,14 @@ def test_the_norm_of_boxes_is_that_of_all_elements():
     assert total_norm(box_norms([], CPU), [], Mesh(device=CPU).world) == 0
 
 
+def test_the_norm_of_a_large_matrix_is_not_added_up_in_fp32():
+    values = torch.randn(4097, 4099, generator=torch.Generator().manual_seed(0))
+    exact = torch.linalg.vector_norm(values, dtype=torch.float64).item()
+    norm = box_norms([Box(KEYS, (0, 0), values)], CPU)
+    assert norm.item() == pytest.approx(exact, rel=1e-7)
+    assert box_norms([Box(KEYS, (0, 0), values.double())], CPU).item() == pytest.approx(exact, rel=1e-12)
+
+
 def test_nothing_is_summed_without_tensor_parallelism():
     tensor = torch.ones(1, 3)
     sum_partial([Box(KEYS, (0, 0), tensor)], Mesh(device=CPU).tp)

@@ -54,11 +54,10 @@ def session_for(config: RunConfig, mesh: Mesh = CPU) -> Session:
     return build_session(config, mesh)
 
 
-def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {
-        name: view.clone()
-        for name, view in zip(trainer.state.names(), trainer.state.grad_views(), strict=True)
-    }
+def gradients(trainer: Trainer) -> list[tuple[str, tuple[slice, ...], torch.Tensor]]:
+    """The blocks of the gradients that this process updates: tensor, place in it, values."""
+    boxes = trainer.state.boxes("main_grad")
+    return [(box.piece.name, box.index, box.tensor.clone()) for box in boxes]
 
 
 @pytest.mark.whole
@@ -154,7 +153,7 @@ def test_loss_is_the_sum_over_valid_tokens_divided_by_their_number(dataset, tmp_
     assert abs(result.loss.item() - mean_of_means) > 1e-3, "the case must tell the two apart"
 
 
-def one_masked_step(config: RunConfig, keep: list[int]) -> tuple[float, float, dict[str, torch.Tensor]]:
+def one_masked_step(config: RunConfig, keep: list[int]) -> tuple[float, float, list]:
     """Runs on each rank: loss, gradient norm and gradients of step 0 with uneven masks (by global micro-batch)."""
     mesh = ranks_mesh() if dist.is_initialized() else CPU
     world, rank = mesh.world_size, mesh.rank
@@ -172,13 +171,17 @@ def test_ranks_with_unequal_masks_equal_one_process(dataset, tmp_path, rank_pool
     """Contract: the sum over valid tokens holds across ranks, for the loss, every gradient and the norm."""
     config = tiny_config(dataset, tmp_path / "run")
     keep = [3, 40, 64, 1]
-    loss, norm, grads = one_masked_step(config, keep)
+    loss, norm, blocks = one_masked_step(config, keep)
+    grads = {name: grad for name, _, grad in blocks}
+    largest = max(grad.abs().max() for grad in grads.values())
+    seen = 0
     for got_loss, got_norm, got in rank_pool(world).run(one_masked_step, config, keep):
         assert got_loss == pytest.approx(loss, rel=1e-6)
         assert got_norm == pytest.approx(norm, rel=1e-5)
-        largest = max(grad.abs().max() for grad in grads.values())
-        for name, grad in grads.items():
-            assert (got[name] - grad).abs().max() <= 1e-5 * largest, name
+        for name, index, grad in got:
+            assert (grads[name][index] - grad).abs().max() <= 1e-5 * largest, name
+            seen += grad.numel()
+    assert seen == sum(grad.numel() for grad in grads.values())
 
 
 def run_on_rank(config: RunConfig) -> int:
@@ -312,7 +315,7 @@ def test_the_rank_that_went_bad_is_named(dataset, tmp_path, rank_pool):
 def test_the_norm_counts_every_element_of_every_piece_once(dataset, tmp_path):
     session = session_for(tiny_config(dataset, tmp_path / "run"))
     result, _ = session.trainer.train_step(0, session.stop)
-    squares = [view.double().square().sum() for _, view in session.trainer.state.piece_tensors("main_grad")]
+    squares = [box.tensor.double().square().sum() for box in session.trainer.state.boxes("main_grad")]
     assert result.grad_norm.item() == pytest.approx(sum(squares).sqrt().item(), rel=1e-6)
     session.trainer.loader.close()
 
