@@ -82,6 +82,7 @@ def run_pretraining(
         result = finish(session, times) if mesh.is_first else {}
         return Outcome(ExitCode.DONE, result)
     finally:
+        session.saver.join()
         trainer.loader.close()
         trainer.progress.close()
         trainer.tensorboard.close()

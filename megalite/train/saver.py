@@ -57,9 +57,13 @@ class Saver:
 
     def wait(self) -> None:
         """Wait for the write in flight and raise its error, if it had one."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self.join()
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+
+    def join(self) -> None:
+        """Wait for the write in flight, whatever comes of it: before the run ends with another error."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None

@@ -25,6 +25,7 @@ SAVED, LAST = 3, 6
 """Steps: of the checkpoint, and of the end."""
 SOURCE = {"tp": 2, "pp": 2}
 TARGETS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tp2·pp2·dp2": (8, SOURCE),
     "tp1·pp1·dp4": (4, {}),
     "tp4·dp2": (8, {"tp": 4}),
     "pp4·dp2": (8, {"pp": 4}),
@@ -96,7 +97,8 @@ def run(
 ) -> list[Steps]:
     if processes == 1:
         return [train_steps(config, until, save_at, again)]
-    return rank_pool(processes).run(train_steps, config, until, save_at, again)
+    # The first pipeline of a rank imports torch's engine: seconds, and eight ranks share the cores.
+    return rank_pool(processes).run(train_steps, config, until, save_at, again, timeout=240)
 
 
 def samples(ranks: list[Steps]) -> list[list[bytes]]:
@@ -152,9 +154,12 @@ def test_a_run_goes_on_in_another_layout(source, target, rank_pool, tmp_path):
     again = tmp_path / "again" / source.checkpoint.name
     assert hashes(again) == hashes(source.checkpoint), "what was loaded is not what was saved"
     assert samples(ranks) == samples(source.ranks)[SAVED:]
+    expected = source.ranks[0].losses[SAVED:]
     for rank in ranks:
-        # fp32 sums in another order: 6e-8 of each term. Measured on these layouts: at most 1e-6 after three steps.
-        assert rank.losses == pytest.approx(source.ranks[0].losses[SAVED:], rel=1e-5)
+        if parallel == source.config.parallel:
+            assert rank.losses == expected, "on the same layout resuming is bitwise"
+        # fp32 sums in another order; measured on these layouts: at most 3.1e-8 after three steps.
+        assert rank.losses == pytest.approx(expected, rel=1e-6)
 
     mine = copy_folder(again / "weights", tmp_path / "export")
     theirs = copy_folder(source.checkpoint / "weights", tmp_path / "theirs")
