@@ -33,7 +33,7 @@ def endless(folder: Path, dataset: Path, timeout_s: float) -> list[str]:
         eval={"interval": 0, "samples": 0},
         checkpoint={"interval": 0},
     )
-    values["parallel"] = {"timeout_s": timeout_s}
+    values["parallel"] = {"timeout_s": timeout_s, "tp": 2}
     return command("pretrain", str(write_config(folder / "c.toml", values)))
 
 

@@ -182,7 +182,7 @@ def prepare(cluster: Cluster, folder: Path) -> Path:
         eval={"interval": 0, "samples": 0},
         checkpoint={"interval": 10},
     )
-    values["parallel"] = {"timeout_s": 120.0}
+    values["parallel"] = {"timeout_s": 120.0, "pp": 2}
     write_config(folder / "c.toml", values)
     return folder / "run"
 
