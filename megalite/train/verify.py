@@ -22,7 +22,7 @@ from megalite.train.verify_explain import Finding, explain
 from megalite.train.verify_layouts import OWN, Layout, reason_against
 from megalite.train.verify_model import shrink_model, takes, tokens_for, with_layers
 from megalite.train.verify_pool import LayoutError, Pool, RankError
-from megalite.train.verify_run import Answer, Task, Truth, run_rank, truth
+from megalite.train.verify_run import Answer, Task, Truth, run_rank, trace_truth, truth
 
 Status = Literal["equal", "wrong", "failed", "skipped"]
 FLOAT64 = "float64"
@@ -77,7 +77,13 @@ class Verification:
         )
         model = with_layers(fitted, self.model, layout.parallel.num_stages)
         return Task(
-            model, layout.parallel, layout.recompute, layout.micro_batches, tokens_for(layout.parallel), dtype
+            model,
+            layout.parallel,
+            layout.recompute,
+            layout.dp,
+            layout.micro_batches,
+            tokens_for(layout.parallel),
+            dtype,
         )
 
     def truth(self, task: Task) -> Truth:
@@ -91,7 +97,9 @@ class Verification:
         """What one process computes in the task's type, through the same code as the ranks but without a group."""
         key = (task.model, task.micro_batches, task.tokens, task.dtype)
         if key not in self._references:
-            alone = dataclasses.replace(task, parallel=ParallelConfig(zero=0), recompute=RecomputeConfig())
+            alone = dataclasses.replace(
+                task, parallel=ParallelConfig(zero=0), recompute=RecomputeConfig(), dp=1
+            )
             answer = run_rank(alone, Mesh(device=self.device))
             self._references[key] = answer, measure([answer], self.truth(task))
         return self._references[key]
@@ -139,8 +147,21 @@ class Verification:
             checks[dtype] = judge(measures, dtype, one_process, exact_sums=layout.exact)
             finding = explain(checks[dtype], answers)
             if finding is not None:
+                finding = self._nearer(layout, task, pool) or finding
                 return result("wrong", model=task.model, checks=checks, finding=finding)
         return result("equal", model=task.model, checks=checks)
+
+    def _nearer(self, layout: Layout, task: Task, pool: Pool) -> Finding | None:
+        """Run a wrong layout again with everything recorded that goes through the layers: the first that is wrong."""
+        task = dataclasses.replace(task, trace=True)
+        if task.dtype != FLOAT64:
+            return None  # rounding of single activations is not bounded
+        try:
+            answers = pool.run(layout.world, run_layout, task)
+        except LayoutError:
+            return None
+        measures = measure(answers, self.truth(task), trace_truth(task))
+        return explain(judge(measures, FLOAT64, None, exact_sums=layout.exact), answers)
 
 
 def preloaded(layouts: Sequence[Layout]) -> tuple[str, ...]:

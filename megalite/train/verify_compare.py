@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from megalite.train.verify_run import Answer, Block, Truth
+from megalite.train.verify_trace import Trace
 
-Kind = Literal["token losses", "loss", "gradient", "grad norm", "update"]
+Kind = Literal["output", "token losses", "loss", "output gradient", "gradient", "grad norm", "update"]
 EXACT = 1e-10
 """Limit in float64, of the largest value of the same kind in the model."""
 FLOORS = {"fp32": 1e-5, "bf16": 2.0**-7}
@@ -82,16 +83,53 @@ class Check:
         return self.limits[self.measures.index(measure)]
 
 
-def measure(answers: Sequence[Answer], truth: Truth) -> list[Measure]:
-    """Everything that the ranks of a layout computed against one process, in the order of a step."""
-    found = [*_token_losses(answers, truth), _number("loss", 0, answers, truth.losses, lambda a: a.losses)]
-    found += _tensors("gradient", answers, [a.gradients for a in answers], truth.gradients, backward=True)
+def measure(answers: Sequence[Answer], truth: Truth, traced: Trace | None = None) -> list[Measure]:
+    """Everything that the ranks of a layout computed against one process, in the order of a step.
+
+    Args:
+        answers: of all ranks.
+        truth: of one process.
+        traced: of one process too; the ranks then have traced as well.
+    """
+    found: list[Measure] = []
+    backward: list[Measure] = []
+    if traced is not None:
+        outputs, gradients = [a.outputs for a in answers], [a.output_gradients for a in answers]
+        found = _tensors("output", answers, outputs, _covered(traced.outputs, outputs))
+        backward = _tensors("output gradient", answers, gradients, _covered(traced.gradients, gradients))
+    found += _token_losses(answers, truth)
+    found.append(_number("loss", 0, answers, truth.losses, lambda a: a.losses))
+    weights = _tensors("gradient", answers, [a.gradients for a in answers], truth.gradients)
+    found += _in_backward_order(backward, weights)
     found.append(_number("grad norm", 0, answers, truth.norms, lambda a: a.norms))
     found += _tensors("update", answers, [a.weights for a in answers], truth.weights, truth.initial)
     for step in range(1, len(truth.losses)):
         found.append(_number("loss", step, answers, truth.losses, lambda a: a.losses))
         found.append(_number("grad norm", step, answers, truth.norms, lambda a: a.norms))
     return found
+
+
+def _in_backward_order(outputs: list[Measure], weights: list[Measure]) -> list[Measure]:
+    """Both lists, which are in forward order, as the backward pass comes to them: a module's output, its weights."""
+    found: list[Measure] = []
+    outputs = list(outputs)
+    known = [weight for weight in weights if weight.expected.numel()]
+    for weight in reversed(known):
+        module = weight.name.rpartition(".")[0]
+        while outputs and f"{module}.".startswith(f"{outputs[-1].name.partition(' ')[0]}."):
+            found.append(outputs.pop())
+        found.append(weight)
+    return [*found, *reversed(outputs), *(weight for weight in weights if not weight.expected.numel())]
+
+
+def _covered(expected: dict[str, Tensor], blocks: Sequence[Sequence[Block]]) -> dict[str, Tensor]:
+    """What the ranks recorded in full: a trace is taken where it can be had."""
+    rows: dict[str, set[int]] = {}
+    for block in (block for own in blocks for block in own):
+        rows.setdefault(block.name, set()).update(
+            range(block.offset[0], block.offset[0] + block.values.shape[0])
+        )
+    return {name: x for name, x in expected.items() if len(rows.get(name, ())) == x.shape[0]}
 
 
 def judge(
@@ -153,8 +191,6 @@ def _tensors(
     blocks: Sequence[Sequence[Block]],
     expected: dict[str, Tensor],
     minus: dict[str, Tensor] | None = None,
-    *,
-    backward: bool = False,
 ) -> list[Measure]:
     """Tensors put together from the blocks of all ranks, each less `minus` if it is given."""
     held: dict[str, list[tuple[int, Block]]] = {name: [] for name in expected}
@@ -168,7 +204,7 @@ def _tensors(
     wanted = {name: x - minus[name] for name, x in expected.items()} if minus else expected
     scale = max((float(x.abs().max()) for x in wanted.values() if x.numel()), default=0.0)
     found = []
-    for name in reversed(wanted) if backward else wanted:
+    for name in wanted:
         got, ranks = put_together(held[name], wanted[name].shape)
         if minus:
             got = got - minus[name]

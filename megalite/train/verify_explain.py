@@ -14,6 +14,8 @@ from megalite.train.verify_compare import Check, Measure
 from megalite.train.verify_run import Answer, Block, Place
 
 KINDS = {
+    "output": "output",
+    "output gradient": "gradient by the output",
     "token losses": "losses of single tokens",
     "loss": "loss",
     "gradient": "gradient",
@@ -21,6 +23,12 @@ KINDS = {
     "update": "change after the steps",
 }
 _NAMES_SHOWN = 4
+_HELD_IN = {
+    "output": "outputs",
+    "output gradient": "output_gradients",
+    "gradient": "gradients",
+    "update": "weights",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +153,7 @@ def _holders(measure: Measure, answers: Sequence[Answer]) -> list[tuple[Place, B
             for a in answers
             if (x := a.token_losses.get(number)) is not None
         ]
-    blocks = {"gradient": "gradients", "update": "weights"}.get(measure.kind)
+    blocks = _HELD_IN.get(measure.kind)
     if blocks is None:
         return []
     return [(a.place, b) for a in answers for b in getattr(a, blocks) if b.name == measure.name]
@@ -155,7 +163,7 @@ def _on_ranks(measure: Measure, mask: Tensor, held: Sequence[tuple[Place, Block]
     """On which ranks a tensor is wrong, in words of the axis that tells them from the others."""
     if measure.got.shape != measure.expected.shape:
         places = {place.rank for place, _ in held}
-        return f"the model has no such tensor of shape {list(measure.got.shape)}, but {_ranks(places)} has it"
+        return f"the model has no such part of shape {list(measure.got.shape)}: it is on {_ranks(places)}"
     if not held:
         return "no rank holds it" if measure.kind in ("gradient", "update") else ""
     if measure.disagreement:

@@ -8,7 +8,7 @@ would turn a gradient that is zero but for rounding into an update of ± learnin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from megalite.parallel.state import ModelState
 from megalite.train.replica import Replica, build_replica
 from megalite.train.trainer import count_valid_tokens
 from megalite.train.verify_model import packed_batches, valid_labels
+from megalite.train.verify_trace import Trace, rows_here, runs_of
 
 STEPS = 3
 RATE = 0.1
@@ -41,9 +42,13 @@ class Task:
     model: ModelConfig
     parallel: ParallelConfig
     recompute: RecomputeConfig
+    dp: int
     micro_batches: int
+    """Of all data-parallel ranks together."""
     tokens: int
     dtype: str
+    trace: bool = False
+    """Record what goes through the layers too."""
 
     def batches(self) -> list[MicroBatch]:
         """All micro-batches of a step, the same on every process and in every step."""
@@ -93,6 +98,10 @@ class Answer:
     """Of the first step."""
     weights: list[Block]
     """After the last step."""
+    outputs: list[Block]
+    """What modules gave for the first micro-batch of this rank in the first step, if it was traced."""
+    output_gradients: list[Block]
+    """Gradients of the mean loss by them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +185,12 @@ def run_rank(task: Task, mesh: Mesh) -> Answer:
     batches = [every[number].to(mesh.device) for number in numbers]
     token_losses = {numbers[0]: replica.token_losses(batches[0]).cpu()}
     losses, norms, gradients = [], [], []
+    trace = Trace()
     for step in range(STEPS):
+        if task.trace and step == 0:
+            trace.follow(replica.model)
         loss, norm = _step(replica, batches)
+        trace.stop()
         losses.append(loss)
         norms.append(norm)
         if step == 0:
@@ -185,7 +198,52 @@ def run_rank(task: Task, mesh: Mesh) -> Answer:
         _descend(replica.state)
     weights = _blocks(replica.state.boxes("master"))
     replica.state.release()
-    return Answer(_place(mesh), losses, norms, token_losses, gradients, weights)
+    rows = rows_here(mesh, task.parallel, every[numbers[0]].bounds)
+    outputs, output_gradients = (
+        [
+            block
+            for name, x in tensors.items()
+            for block in _token_blocks(name, numbers[0], x, rows, task.tokens)
+        ]
+        for tensors in (trace.outputs, trace.gradients)
+    )
+    return Answer(_place(mesh), losses, norms, token_losses, gradients, weights, outputs, output_gradients)
+
+
+def trace_truth(task: Task) -> Trace:
+    """What goes through one process's layers, for the first micro-batch of each data-parallel rank, in float64.
+
+    Names are in the order of the forward pass, in both kinds of tensors.
+    """
+    model = Transformer(task.model)
+    initialize(model, seed=SEED)
+    model.double()
+    traces = []
+    batches = task.batches()
+    for batch in batches[: task.dp]:
+        traces.append(Trace().follow(model))
+        loss = model.loss(batch.tokens, batch.labels, **_where(batch))
+        (loss / valid_labels(batches)).backward()
+        traces[-1].stop()
+    found = Trace()
+    for module in traces[0].outputs:
+        for number, trace in enumerate(traces):
+            found.outputs[traced_name(module, number)] = trace.outputs[module]
+            found.gradients[traced_name(module, number)] = trace.gradients[module]
+    return found
+
+
+def traced_name(module: str, micro_batch: int) -> str:
+    """Name of what a module gave for a micro-batch."""
+    return f"{module} (micro-batch {micro_batch})"
+
+
+def _token_blocks(module: str, number: int, x: Tensor, rows: list[int], tokens: int) -> Iterator[Block]:
+    """The parts of a tensor [tokens, H] that this rank has the given rows of, if it has just those."""
+    if x.dim() == 2 and x.shape[0] == len(rows):
+        for place, first, count in runs_of(rows):
+            shape = (tokens, x.shape[1])
+            yield Block(traced_name(module, number), shape, (first, 0), x[place : place + count])
 
 
 def _step(replica: Replica, batches: list[MicroBatch]) -> tuple[float, float]:

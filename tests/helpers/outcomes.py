@@ -49,6 +49,8 @@ def two_ranks(truth: Truth) -> list[Answer]:
             token_losses={n: x.clone() for n, x in truth.token_losses.items()},
             gradients=blocks(truth.gradients, rank),
             weights=blocks(truth.weights, rank),
+            outputs=[],
+            output_gradients=[],
         )
         for rank in range(2)
     ]

@@ -124,7 +124,7 @@ def test_a_tensor_that_the_model_does_not_have() -> None:
     extra = Block("layers.9.mlp_norm.weight", (4,), (0,), random(4, seed=8))
     finding = found(lambda answers: answers[0].gradients.append(extra))
     assert finding.name == "layers.9.mlp_norm.weight"
-    assert "the model has no such tensor of shape [4], but rank 0 has it" in finding.where
+    assert "the model has no such part of shape [4]: it is on rank 0" in finding.where
 
 
 def test_a_block_beyond_the_end_of_its_tensor() -> None:
