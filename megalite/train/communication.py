@@ -34,7 +34,9 @@ w bytes a number, all-reduced between the two once a step.
 
 - gradients, g bytes a number on the wire: P · g · ((s - 1) / s + 2 · (r - 1) / (r · s));
 - new weights: P · e · (s - 1) / s with ZeRO-1. Without ZeRO s = 1, and they need not travel.
-- ZeRO-3: weights P · e · (s - 1) / s forward and again backward, gradients as above, for each micro-batch.
+- ZeRO-3, for each micro-batch instead: weights (s - 1) / s · e, twice those of layers (forward and backward), once the
+  others (a pipeline that runs several micro-batches forward keeps them gathered, and sends less); gradients
+  (s - 1) / s · g and, between groups, 2 · (r - 1) / (r · s) · w. Every parameter's rows are padded to a multiple of s.
 
 Not counted: a few scalars a step (loss, token count, norm, flags).
 """
@@ -42,9 +44,11 @@ Not counted: a few scalars a step (loss, token count, norm, flags).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from megalite.config import ModelConfig, ParallelConfig
 from megalite.models.blocks import ModelPart
@@ -156,6 +160,15 @@ class _Local:
             for parameter, piece in pieces
         )
 
+    def padded_rows(self, shard: int) -> tuple[int, int]:
+        """Elements (of layers, of all else) with every parameter's rows padded to a multiple of `shard`."""
+
+        def padded(parameters: Iterable[Tensor]) -> int:
+            return sum(-(-p.shape[0] // shard) * shard * (p.numel() // p.shape[0]) for p in parameters)
+
+        layers = padded(self.module.layers.parameters())
+        return layers, padded(self.module.parameters()) - layers
+
     def bucket_sizes(self, data: int) -> list[tuple[int, bool]]:
         """(padded elements, tied) of every bucket, with `data` ranks that have the same weights."""
         unit = math.lcm(data, PADDING)
@@ -219,12 +232,14 @@ def _pipeline_bytes(local: _Local, dp: int) -> float:
 
 
 def _data_bytes(local: _Local, dp: int) -> float:
-    parallel, step = local.parallel, local.step
+    parallel = local.parallel
     shard, same = _groups(local, dp)
-    elements = sum(size for size, _ in local.bucket_sizes(dp * parallel.cp))
     wire = 2 if parallel.grad_reduce_dtype == "bf16" else local.wide
-    gradients = elements * wire * ((shard - 1) / shard + 2 * (same - 1) / (same * shard))
-    weights = elements * local.itemsize * (shard - 1) / shard
-    if parallel.zero == 3:
-        return step.micro_batches * (gradients + 2 * weights)
-    return gradients + weights
+    inside, between = (shard - 1) / shard, 2 * (same - 1) / (same * shard)
+    if parallel.zero == 3 and shard > 1:
+        layers, others = local.padded_rows(shard)
+        weights = (2 * layers + others) * local.itemsize * inside
+        gradients = (layers + others) * (wire * inside + local.wide * between)
+        return local.step.micro_batches * (weights + gradients)
+    elements = sum(size for size, _ in local.bucket_sizes(dp * parallel.cp))
+    return elements * (wire * (inside + between) + local.itemsize * inside)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megalite.config import ModelConfig, ParallelConfig
 from megalite.errors import UserError
+from megalite.layers.recompute import FULL
 from megalite.models.presets import preset
 from megalite.parallel.mesh import Axis, Mesh
 from megalite.parallel.stages import plan_stages
@@ -23,10 +24,14 @@ MICRO_BATCHES = 4
 DEEP = {name: replace(config, num_layers=5) for name, config in MODELS.items()}
 
 
-def traced_job(layout: ParallelConfig, config: ModelConfig) -> tuple[int, int, StepBytes]:
+def traced_job(
+    layout: ParallelConfig, config: ModelConfig, again: bool = False
+) -> tuple[int, int, StepBytes]:
     """(pipeline rank, tensor rank, what this rank sent in a step), the scalars of a step left out."""
     batch = packed_batch()
     replica = make_replica(layout, config, torch.float32, batch.tokens.numel())
+    if again:
+        replica.model.recompute = dict.fromkeys(range(config.num_layers), FULL)
     with trace() as events:
         replica.gradients([batch] * MICRO_BATCHES, torch.ones(()))
         replica.state.finish_gradients()
@@ -69,6 +74,8 @@ LAYOUTS: list[dict[str, Any]] = [
     {"pp": 2, "pp_schedule": "interleaved_zero_bubble"},
     {"zero": 1},
     {"zero": 0},
+    {"grad_reduce_dtype": "bf16"},
+    {"zero": 3},
 ]
 
 
@@ -88,6 +95,8 @@ def test_what_two_ranks_send_is_what_the_formulas_say(
         {"cp": 2, "tp": 2, "cp_method": "ring", "zero": 0},
         {"pp": 2, "pp_schedule": "interleaved"},
         {"dp_shard": 2},
+        {"dp_shard": 2, "zero": 3},
+        {"cp": 2, "zero": 3, "grad_reduce_dtype": "bf16"},
         {"cp": 4},
     ],
     ids=str,
@@ -96,13 +105,24 @@ def test_what_four_ranks_send(rank_pool: Any, layout: dict[str, Any]) -> None:
     check(rank_pool, ParallelConfig(**layout, bucket_size=3000), DEEP["qwen3-tied"], 4)
 
 
-def check(rank_pool: Any, layout: ParallelConfig, config: ModelConfig, world: int) -> None:
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"tp": 2, "sequence_parallel": False}, {"cp": 2}], ids=str)
+def test_layers_made_again_in_whole_send_again(rank_pool: Any, layout: dict[str, Any]) -> None:
+    check(rank_pool, ParallelConfig(**layout), DEEP["gpt2"], 2, again=True)
+
+
+def check(
+    rank_pool: Any, layout: ParallelConfig, config: ModelConfig, world: int, again: bool = False
+) -> None:
     """Equal on every rank and axis; gradients that are parts of sums are not cut evenly, but in all as said."""
     tokens = packed_batch().tokens.numel()
     step = StepShape(
-        micro_batches=MICRO_BATCHES, micro_batch_tokens=tokens, seq_length=tokens, dtype=torch.float32
+        micro_batches=MICRO_BATCHES,
+        micro_batch_tokens=tokens,
+        seq_length=tokens,
+        dtype=torch.float32,
+        made_again=frozenset(range(config.num_layers)) if again else frozenset(),
     )
-    answers = rank_pool(world).run(traced_job, layout, config)
+    answers = rank_pool(world).run(traced_job, layout, config, again)
     total, expected_total = 0.0, 0.0
     for pp_rank, tp_rank, sent in answers:
         expected = step_bytes(config, layout, step, processes=world, tp_rank=tp_rank)[pp_rank]
@@ -122,9 +142,8 @@ def test_bytes_of_a_published_model() -> None:
     activation = 4096 * 8192 * 2
     assert [round(one.pp) for one in sent] == [16 * n * activation // 8 for n in (1, 2, 2, 1)]
     layers = len(plan_stages(preset("llama3-70b"), layout, 4096).layers[1])
-    assert sent[1].tp == pytest.approx(
-        16 * 10 * layers * activation * 7 / 8, rel=1e-4
-    )  # and the norms' gradients
+    norms = 1e-4  # of the whole
+    assert sent[1].tp == pytest.approx(16 * 10 * layers * activation * 7 / 8, rel=norms)
     assert all(one.cp == 0 for one in sent)
     parameters = sum(one.dp for one in sent) * 8 / (6 * 15 / 16)
     assert parameters == pytest.approx(70.55e9, rel=0.01)
