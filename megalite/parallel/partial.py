@@ -70,7 +70,8 @@ def box_norms(boxes: Sequence[Box], device: torch.device) -> Tensor:
     if not boxes:
         return torch.zeros(0, device=device)
     parts = [_norms_of_runs(box.tensor) for box in boxes]
-    return torch.stack(torch._foreach_norm(parts, 2, torch.float64)).to(boxes[0].tensor.dtype)
+    wide = torch.float64 if device.type == "cpu" else None
+    return torch.stack(torch._foreach_norm(parts, 2, wide)).to(boxes[0].tensor.dtype)
 
 
 def _norms_of_runs(tensor: Tensor) -> Tensor:

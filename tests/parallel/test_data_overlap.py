@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -14,11 +15,25 @@ from megalite.parallel.collectives import all_gather
 from megalite.parallel.data import FlatBuffers
 from megalite.parallel.gradients import WeightQueue, get_sink
 from megalite.parallel.mesh import Axis, Mesh, mesh_of_group
+from megalite.parallel.pieces import iter_pieces, piece_view
 from megalite.parallel.tensor import UNSPLIT
 from tests.helpers.rank_pool import RankFailure
 from tests.helpers.trace import Events, assert_hidden, trace
-from tests.parallel.layouts import MODELS, build
-from tests.parallel.states import CPU, forward_backward, make_batches, sgd
+from tests.parallel.layouts import MODELS, build, loss_of
+from tests.parallel.replicas import make_replica
+from tests.parallel.states import (
+    CPU,
+    RATE,
+    Part,
+    compare,
+    copies_of,
+    forward_backward,
+    make_batches,
+    sgd,
+    whole,
+)
+
+DEEP = dataclasses.replace(MODELS["qwen3-tied"], num_layers=4)
 
 
 class Rank:
@@ -225,6 +240,39 @@ def deferred_job() -> bool:
 
 def test_deferred_weight_gradients_are_counted_where_they_come(rank_pool):
     assert rank_pool(2).run(deferred_job) == [True, True]
+
+
+def pipeline_job(schedule: Any, steps: int) -> tuple[list[bool], list[Part]]:
+    """Whether all reductions had started before the end of each step, and this rank's weights after the last."""
+    layout = ParallelConfig(pp=2, pp_schedule=schedule, bucket_size=3000)
+    batches = make_batches(8)
+    replica = make_replica(layout, DEEP, torch.float64, 32)
+    state = replica.state
+    assert isinstance(state, FlatBuffers)
+    early = []
+    for _ in range(steps):
+        replica.gradients(batches[replica.mesh.dp.rank :: replica.mesh.dp.size], torch.tensor(1 / 128))
+        early.append(len(state.reducer._running) == len(state.buckets))
+        state.finish_gradients()
+        sgd(state)
+    return early, copies_of(state.boxes("master"))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"])
+def test_a_pipeline_reduces_before_its_end(rank_pool, schedule):
+    """Gradients are counted per micro-batch whatever the order in which a schedule makes them."""
+    answers = rank_pool(4).run(pipeline_job, schedule, 3)
+    assert all(early == [False, True, True] for early, _ in answers)
+    model, batches = build(DEEP, UNSPLIT, torch.float64), make_batches(8)
+    for _ in range(3):
+        model.zero_grad()
+        for batch in batches:
+            (loss_of(model, batch, None) / 128).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.sub_(parameter.grad, alpha=RATE)
+    truth = {piece.name: piece_view(p.detach(), piece) for p, _, piece in iter_pieces(model)}
+    compare(whole([part for _, parts in answers for part in parts]), truth, 1e-10, "weight")
 
 
 class LateWork:
