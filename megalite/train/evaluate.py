@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megalite.config import IGNORE_INDEX, EvalConfig
+from megalite.data.loader import MicroBatch, pack
 from megalite.data.tokenize import Tokenizer
 from megalite.data.validation import ValidationSet, ValSelection
-from megalite.parallel.collectives import all_reduce_sum
+from megalite.parallel.collectives import all_reduce_max, all_reduce_sum
+from megalite.parallel.mesh import Mesh
 from megalite.train.generate import LanguageModel, generate
 from megalite.train.replica import Replica
 
@@ -51,6 +56,8 @@ def validate(
         dp_size=mesh.data.size,
         selection=selection,
     )
+    if replica.gathers_weights:
+        batches = _in_step(batches, mesh, seq_length)
     for batch, source_of_segment in batches:
         batch = batch.to(mesh.device)
         losses = replica.token_losses(batch)
@@ -61,6 +68,22 @@ def validate(
         sums[1].index_add_(0, source, valid)
     all_reduce_sum(sums, mesh.data)
     return _summary(sums, validation.sources, selection, time.perf_counter() - start)
+
+
+Scored = tuple[MicroBatch, NDArray[np.int64]]
+"""A batch, and the source of each of its segments."""
+
+
+def _in_step(batches: Iterator[Scored], mesh: Mesh, seq_length: int) -> Iterator[Scored]:
+    """The batches, and after them empty ones until no rank has any left: each forward pass is one of all ranks."""
+    nothing = np.zeros(seq_length, dtype=np.int64)
+    filler = pack([nothing], [np.full_like(nothing, IGNORE_INDEX)], [nothing[:1]])
+    while True:
+        item = next(batches, None)
+        left = torch.tensor(int(item is not None), device=mesh.device)
+        if not all_reduce_max(left, mesh.data):
+            return
+        yield item or (filler, nothing[:1])
 
 
 def _summary(sums: Tensor, names: list[str], selection: ValSelection, seconds: float) -> dict[str, Any]:

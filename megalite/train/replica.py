@@ -123,6 +123,11 @@ class Replica:
         }
         return batch.tokens, batch.labels, where
 
+    @property
+    def gathers_weights(self) -> bool:
+        """A forward pass is a collective of all data-parallel ranks (ZeRO-3): they all make as many."""
+        return self.parallel.zero == 3 and self.mesh.data.size > 1
+
     def grad_norm(self) -> tuple[Tensor, Tensor]:
         """Norm of the whole model's gradients, the same on all ranks, and [boxes] that of each local part."""
         norms = box_norms(self.state.boxes("main_grad"), self.mesh.device)

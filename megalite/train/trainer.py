@@ -204,7 +204,8 @@ class Trainer:
             complete=complete,
         )
         record = {"step": step, "tokens": train.tokens_before(step), **scores, "samples": []}
-        if self.mesh.data.rank == 0:  # all ranks of one replica: they hold the model together
+        # All ranks of one replica hold the model together; with ZeRO-3 all ranks do.
+        if self.mesh.data.rank == 0 or self.replica.gathers_weights:
             record["samples"] = sample_texts(self.replica, self.tokenizer, self.config.eval, seed=train.seed)
         self.log.append(RunLog.EVALS, [record])
         self.tensorboard.add_eval(record)
