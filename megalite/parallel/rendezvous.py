@@ -65,7 +65,7 @@ def agree_on_name(store: Store, rank: int, world_size: int, timeout_s: float) ->
         store.set(f"join/{rank}", token)
         try:
             store.wait([f"name/{token}"], datetime.timedelta(seconds=timeout_s))
-        except dist.DistStoreError as error:
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
             raise UserError(
                 f"rank {rank} of {world_size} heard nothing from rank 0 within {timeout_s:g} s"
             ) from error
