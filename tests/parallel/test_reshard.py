@@ -31,6 +31,7 @@ TARGETS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp4·dp2": (8, {"pp": 4}),
     "one process": (1, {}),
     "tp2·cp2·dp2 zero 0": (8, {"tp": 2, "cp": 2, "zero": 0}),
+    "tp2·dp4 zero 3": (8, {"tp": 2, "zero": 3}),
 }
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3 tied": {"tie_word_embeddings": True},
@@ -75,8 +76,8 @@ def train_steps(config: RunConfig, until: int, save_at: int, again: Path | None)
             steps.samples.append([row.numpy().tobytes() for batch in rows for row in batch])
             steps.losses.append(trainer.train_step(step, session.stop)[0].loss.item())
             if step + 1 == save_at:
-                trainer.save(save_at)
-                session.saver.wait()
+                trainer.save(save_at)  # written while the next steps are computed
+        session.saver.wait()
     finally:
         trainer.loader.close()
         trainer.tensorboard.close()
