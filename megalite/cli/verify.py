@@ -38,7 +38,7 @@ class VerifyArguments(RunConfig):
     """Layouts of up to 8 processes."""
     list: bool = False
     """Name the layouts and run none."""
-    timeout: float = 60.0
+    timeout: float = 120.0
     """Seconds after which a layout counts as hanging."""
     json: bool = False
     """Print one JSON object and nothing else."""
@@ -53,12 +53,13 @@ def main(argv: list[str]) -> int:
         raise UserError("--processes 1 leaves no layout to compare with one process: give at least 2")
     if arguments.timeout <= 0:
         raise UserError(f"--timeout {arguments.timeout} must be greater than 0 seconds")
+    config.parallel.validate_model(config.model)
     import torch
 
-    device = "cuda" if config.train.device != "cpu" and torch.cuda.is_available() else "cpu"
-    if device == "cpu" and config.train.device == "cuda":
-        raise UserError("train.device='cuda', but this machine shows no GPU: set train.device='cpu'")
-    processes = _processes(arguments, config, torch.cuda.device_count() if device == "cuda" else 0)
+    # One GPU is no place for several ranks, and a run that is meant for GPUs can be checked without any.
+    gpus = torch.cuda.device_count() if config.train.device != "cpu" and torch.cuda.is_available() else 0
+    device = "cuda" if gpus > 1 else "cpu"
+    processes = _processes(arguments, config, gpus if device == "cuda" else 0)
     layouts = _layouts(arguments, config, processes)
     if arguments.list:
         for layout in layouts:
@@ -96,7 +97,6 @@ def _layouts(arguments: VerifyArguments, config: RunConfig, processes: int) -> l
 def _verify(arguments: VerifyArguments, config: RunConfig, layouts: list[Layout], device: str) -> int:
     import torch
 
-    from megalite.train.flops import choose_precision
     from megalite.train.verify import Verification, preloaded
     from megalite.train.verify_pool import Pool
 
@@ -107,10 +107,7 @@ def _verify(arguments: VerifyArguments, config: RunConfig, layouts: list[Layout]
     preload = preloaded(layouts)
     with Pool(world, device=device, timeout_s=arguments.timeout, preload=preload) as pool:
         pool.start()
-        dtype: str = config.train.precision if arguments.dtype == "auto" else arguments.dtype
-        if dtype == "auto":
-            dtype = choose_precision("auto", torch.device(device)).chosen
-        verification = Verification(config.model, layouts, dtype, device)
+        verification = Verification(config.model, layouts, _dtype(arguments, config, device), device)
         console = Console(highlight=False, stderr=arguments.json)
         table = Table(console, layouts, verification.dtypes, quiet=arguments.json)
         table.header(config, verification.small, world, device)
@@ -127,3 +124,18 @@ def _verify(arguments: VerifyArguments, config: RunConfig, layouts: list[Layout]
         print(json.dumps(as_json(config, verification, results, seconds), allow_nan=False))
     good = all(result.status in ("equal", "skipped") for result in results)
     return ExitCode.DONE if good else ExitCode.BROKEN_CONTRACT
+
+
+def _dtype(arguments: VerifyArguments, config: RunConfig, device: str) -> str:
+    """Type that is checked after float64."""
+    import torch
+
+    from megalite.train.flops import choose_precision
+
+    if arguments.dtype != "auto":
+        return arguments.dtype
+    if config.train.precision != "auto":
+        return config.train.precision
+    if config.train.device == "cuda":
+        return "bf16"  # what a run takes on any GPU of today, wherever this is checked
+    return choose_precision("auto", torch.device(device)).chosen

@@ -48,12 +48,18 @@ class Table:
         self.console = console
         self.dtypes = dtypes
         self.quiet = quiet
+        self._reason = ""
         self.width = console.width if console.is_terminal or "COLUMNS" in os.environ else _PLAIN
         self.wide = self.width >= _WIDE
-        extra = [("update", 9), *((dtype, 8) for dtype in dtypes[1:])]
+        self.errors = 9 if self.wide else 8
+        extra = [("update", self.errors), *((dtype, 8) for dtype in dtypes[1:])]
         numbers = 10 if self.wide else 7
         self.columns = [("ranks", 6)] if self.wide else []
-        self.columns += [("loss", numbers), ("norm", numbers), ("gradient", 9)]
+        self.columns += [
+            ("loss", numbers),
+            ("norm", numbers),
+            ("gradient" if self.wide else "grad", self.errors),
+        ]
         self.tail = [*extra, *([("s", 5)] if self.wide else [])]
         fixed = 2 + sum(width for _, width in [*self.columns, *self.tail])
         longest = max((len(layout.name) for layout in layouts), default=0)
@@ -72,13 +78,14 @@ class Table:
 
         given = config.model
         where = f"up to {world} processes on this CPU (gloo)" if device == "cpu" else f"{world} GPUs (nccl)"
-        layers = "3 layers, or one more than stages" if given.num_layers > 2 else f"{given.num_layers} layers"
+        shared = f" over {small.kv_heads} key heads" if small.kv_heads < small.num_attention_heads else ""
+        layers = f"{small.num_layers} layers (pipelines: one more than stages)"
         sizes = f"{given.num_layers} layers of width {given.hidden_size}"
         self._fact("model", f"{config.preset or 'as configured'}: {describe(given)}; {sizes}")
         self._fact(
             "shrunk",
-            f"{small.num_attention_heads} heads over {small.kv_heads} key heads, width {small.hidden_size}, "
-            f"vocabulary {small.vocab_size}, {layers}",
+            f"{small.num_attention_heads} heads{shared}, width {small.hidden_size}, vocabulary {small.vocab_size}, "
+            f"{layers}",
         )
         self._fact("data", f"packed documents, {TOKENS} tokens a micro-batch, unequal masks; 3 steps of SGD")
         self._fact("where", f"{where}, each layout against one process without a group")
@@ -109,7 +116,9 @@ class Table:
             self._numbers(line, result)
             self.say(line)
         elif result.status == "skipped":
-            for text in _fold(result.reason, self.width - self.name - 4):
+            reason = "as above" if result.reason == self._reason else result.reason
+            self._reason = result.reason
+            for text in _fold(reason, self.width - self.name - 4):
                 self.say(line.append(f"  {text}", "dim"))
                 line = Text(" " * (self.name + 2))
         else:
@@ -124,10 +133,10 @@ class Table:
         values += [f"{check.value(kind):.{digits}f}" for kind in ("loss", "grad norm")]
         for value, (_, width) in zip(values, self.columns, strict=False):
             line.append(value.rjust(width))
-        line.append(_error(worst.relative).rjust(9), _style(worst.error <= limit))
+        line.append(_error(worst.relative).rjust(self.errors), _style(worst.error <= limit))
         line.append("  " + shorten(worst.name, self.worst).ljust(self.worst), "dim")
         update, limit = check.worst("update")
-        line.append(_error(update.relative).rjust(9), _style(update.error <= limit))
+        line.append(_error(update.relative).rjust(self.errors), _style(update.error <= limit))
         for dtype in self.dtypes[1:]:
             if dtype in result.checks:
                 worst, limit = result.checks[dtype].worst("gradient")
