@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from megalite.config import ParallelConfig, RecomputeConfig
+from megalite.config import ParallelConfig, RecomputeConfig, RunConfig
+from megalite.errors import ExitCode
 from megalite.parallel.data import FlatBuffers
 from megalite.parallel.fsdp import ShardedModules
 from megalite.parallel.make_state import make_state
@@ -17,6 +18,8 @@ from megalite.parallel.random import initialize
 from megalite.parallel.tensor import UNSPLIT
 from megalite.train.generate import generate
 from megalite.train.replica import build_replica
+from megalite.train.run import run_pretraining
+from tests.helpers.tiny import make_dataset, read_losses, tiny_config
 from tests.helpers.trace import trace
 from tests.parallel import layouts
 from tests.parallel.layouts import MODELS, build
@@ -249,3 +252,29 @@ def test_one_process_has_nothing_to_divide():
     model = build(MODELS["llama"], UNSPLIT, torch.float32)
     state = make_state(model, Mesh(device=CPU), torch.float32, ParallelConfig(zero=3))
     assert isinstance(state, FlatBuffers)
+
+
+def train_on_rank(config: RunConfig) -> int:
+    mesh = mesh_of_group(config.parallel, CPU)
+    return run_pretraining(config, mesh, command="test", config_toml=lambda config: "").code
+
+
+def test_a_run_trains_validates_samples_saves_and_resumes(rank_pool, tmp_path):
+    """Losses as with ZeRO-1; stopped half-way and resumed as ZeRO-1, the other half too."""
+    dataset = make_dataset(tmp_path / "data")
+    losses = {}
+    for name, zeros in {"flat": (1, 1), "sharded": (3, 3), "mixed": (3, 1)}.items():
+        for steps, zero in zip((6, 12), zeros, strict=True):
+            config = tiny_config(
+                dataset,
+                tmp_path / name,
+                train={"steps": steps},
+                schedule={"kind": "constant", "warmup": 3},
+            )
+            config = dataclasses.replace(config, parallel=ParallelConfig(zero=zero, bucket_size=2000))
+            assert set(rank_pool(2).run(train_on_rank, config)) == {ExitCode.DONE}
+        losses[name] = read_losses(tmp_path / name)
+        assert sorted(losses[name]) == list(range(1, 13))
+    for name in ("sharded", "mixed"):
+        for step, loss in losses["flat"].items():
+            assert losses[name][step] == pytest.approx(loss, rel=1e-5), (name, step)
