@@ -235,7 +235,7 @@ def predict(arguments: Arguments, layout: ParallelConfig, ranks: list[RankTimes]
 
 def report(arguments: Arguments, layout: ParallelConfig, ranks: list[RankTimes], command: str) -> None:
     """Print a line and append the record of one schedule."""
-    record = record_of(arguments, layout, ranks) | {"machine": machine(), "command": command}
+    record = record_of(arguments, layout, ranks) | {"machine": machine(layout), "command": command}
     print(
         f"{layout.pp_schedule:<24} step {record['step_ms_p50']:8.1f} ms, simulated {record['simulated_step_ms']:8.1f}; "
         f"idle {record['bubble']:6.1%}, simulated {record['simulated_bubble']:6.1%} "
@@ -289,7 +289,7 @@ def record_of(arguments: Arguments, layout: ParallelConfig, ranks: list[RankTime
     }
 
 
-def machine() -> dict[str, Any]:
+def machine(layout: ParallelConfig) -> dict[str, Any]:
     """What the numbers were measured on."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short=12", "HEAD"],
@@ -298,8 +298,9 @@ def machine() -> dict[str, Any]:
         text=True,
         check=False,
     )
-    facts = environment(Mesh(device=torch.device("cpu")))
-    return {"cores": len(os.sched_getaffinity(0)), "commit": commit.stdout.strip(), **facts}
+    facts = environment(Mesh(device=torch.device("cpu")), layout)
+    own = {key: facts[key] for key in ("megalite", "torch", "numpy", "python", "device", "isa", "threads")}
+    return {"cores": len(os.sched_getaffinity(0)), "commit": commit.stdout.strip(), **own}
 
 
 if __name__ == "__main__":

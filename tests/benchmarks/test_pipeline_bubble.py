@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.pipeline_bubble import Arguments, RankTimes, layouts, record_of
+from benchmarks.pipeline_bubble import Arguments, RankTimes, layouts, machine, record_of
 
 
 def rank_times(rank: int, offset: float) -> RankTimes:
@@ -28,6 +28,7 @@ def test_measured_and_simulated_idle_time_are_of_the_same_kind() -> None:
     assert record["simulated_step_ms"] == 9500  # 9 without the transfers, of which two are on the way of all
     assert record["simulated_bubble"] == pytest.approx(1 - 6 / 9.5)
     assert record["even_bubble"] == pytest.approx(1 / 3)
+    assert machine(layout)["cores"] >= 1
 
 
 def test_schedules_that_do_not_fit_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
