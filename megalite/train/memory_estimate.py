@@ -17,14 +17,19 @@ the optimizer's state (dp_shard · cp; 1 with zero=0):
     pipeline        micro_batches · T' · H · e for each stage that receives activations, and for each that receives
                     gradients: the engine's buffers, which hold the first layer's input as well
     communication   grad_reduce_dtype="bf16": two buckets on their way, sent and received; fp32 travels in place
-    workspace       the largest of: loss (a chunk of logits, dx, a gradient of V / tp rows), backward pass of one
-                    layer (gradients of T · (3f + 2H); a fully recomputed layer's activations), embedding gradient
+    workspace       the largest of: the loss (a chunk of logits; with tp > 1 also tokens, dx and a gradient of V / tp
+                    rows); the backward pass of one layer (gradients of T · (3f + 2H), a fully recomputed layer's
+                    activations) less what the loss has given back by then; the embedding's gradient, less all
+                    activations of that micro-batch. A tied matrix's gradient waits from the loss to the embedding.
 
 P of a layer is (n + 2k) D H + n D H + (2 or 1) f H + f H with biases and norms; V is padded to a multiple that tp
-divides. Flat buffers align parameters to 64 elements and buckets to 128, which adds less than 0.1 % to real models
-and is not counted. Nor are what the allocator loses to fragments, the collective library's own buffers, the CUDA
-context. Between the I and the W pass of a zero-bubble schedule a stage keeps the factors of its layers' weight
+divides. Between the I and the W pass of a zero-bubble schedule a stage keeps the factors of its layers' weight
 gradients instead: T · (4 H + (n + 2k) D + n D + 3f) · e for each layer (2f without a gate), recomputed or not.
+
+Not counted: alignment of flat buffers (less than 0.1 % of real models), what the allocator loses to fragments, the
+collective library's own buffers, the CUDA context, and the gradients of a pipeline's inputs, which the engine could
+free once they are sent but holds until the next step (micro_batches · T' · H · e for each stage that receives
+activations).
 
 Source: Korthikanti et al., arXiv 2205.05198 (activations); Rajbhandari et al., arXiv 1910.02054 (state).
 """
@@ -122,9 +127,9 @@ def estimate_memory(job: Job) -> tuple[RankMemory, ...]:
     """
     job.parallel.validate_model(job.model)
     job.parallel.validate_microbatches(job.num_microbatches)
-    kept = activation_peaks(job)
+    kept, sizes = activation_peaks(job), stage_bytes(job)
     full = any(choice.full for choice in recompute_choices(job).values())
-    return tuple(_rank_memory(job, rank, kept[rank], full) for rank in range(job.parallel.pp))
+    return tuple(_rank_memory(job, rank, kept[rank], sizes, full) for rank in range(job.parallel.pp))
 
 
 def worst_rank(job: Job) -> RankMemory:
@@ -132,7 +137,7 @@ def worst_rank(job: Job) -> RankMemory:
     return max(estimate_memory(job), key=lambda memory: memory.total)
 
 
-def _rank_memory(job: Job, rank: int, activations: int, full: bool) -> RankMemory:
+def _rank_memory(job: Job, rank: int, activations: int, sizes: list[int], full: bool) -> RankMemory:
     e, wide, n = job.itemsize, job.share.wide, job.state_ranks
     parallel, plan = job.parallel, job.stages
     own = plan.stages_of(rank)
@@ -141,7 +146,8 @@ def _rank_memory(job: Job, rank: int, activations: int, full: bool) -> RankMemor
     layer = layer_parameters(job.model, parallel.tp)
     outside = outer_parameters(job.model, parallel.tp, embedding=first, head=last)
     count = layers * layer + outside
-    divided, masters = parallel.zero == 3, e < wide and parallel.zero != 3
+    divided = parallel.zero == 3 and n > 1  # one rank has nothing to divide: flat buffers
+    masters = e < wide and not divided
     return RankMemory(
         pp_rank=rank,
         parameters=count,
@@ -152,7 +158,7 @@ def _rank_memory(job: Job, rank: int, activations: int, full: bool) -> RankMemor
         activations=activations,
         pipeline=_pipeline_buffers(job, len(own), first, last),
         communication=_bucket_buffers(job, count),
-        workspace=max(_layer_workspace(job, full), _outer_workspace(job, first, last)),
+        workspace=_workspace(job, sizes[0] if first else None, last, full),
     )
 
 
@@ -299,6 +305,16 @@ def _bucket_buffers(job: Job, parameters: int) -> int:
     return min(2 * parallel.bucket_size, parameters) * 2 * 2
 
 
+def _workspace(job: Job, first: int | None, last: bool, full: bool) -> int:
+    """Bytes on top of what is kept; `first` is what the first stage keeps of a micro-batch, if it is here."""
+    share, model = job.share, job.model
+    gradient = vocabulary_rows(model, share.tp) * model.hidden_size * share.itemsize
+    tied = gradient if model.tie_word_embeddings and first is not None and last else 0
+    layer = _layer_workspace(job, full) + tied - (loss_bytes(model, share) if last else 0)
+    embedding = 0 if first is None else gradient + tied - first
+    return max(0, layer, embedding, _loss_workspace(job, gradient) if last else 0)
+
+
 def _layer_workspace(job: Job, full: bool) -> int:
     """Gradients within a layer, and its activations if they are made again."""
     share, model = job.share, job.model
@@ -307,19 +323,15 @@ def _layer_workspace(job: Job, full: bool) -> int:
     return gradients + (sum(kept) - kept.stream // 2 if full else 0)
 
 
-def _outer_workspace(job: Job, first: bool, last: bool) -> int:
-    """The loss, or the embedding's gradient."""
+def _loss_workspace(job: Job, gradient: int) -> int:
+    """What is made on the way to the loss, or to its gradients."""
     share, model = job.share, job.model
-    rows = vocabulary_rows(model, share.tp)
-    narrow = rows * model.hidden_size * share.itemsize
-    loss = 0
-    if last:
-        stride = -(-rows // ROW_ALIGNMENT) * ROW_ALIGNMENT
-        limits = cuda_limits(GPU_BALANCE) if job.gpu else CPU_LIMITS
-        loss = chunk_rows(share.tokens, stride, share.itemsize, limits) * stride * share.itemsize
-        if share.tp > 1:  # dx of all tokens, the gathered tokens, and the gradient in fp32 and narrow
-            loss += (
-                2 * share.tokens * model.hidden_size * share.itemsize + rows * model.hidden_size * share.wide
-            )
-            loss += narrow if share.itemsize < share.wide else 0
-    return max(loss, narrow if first else 0)
+    rows, narrow = vocabulary_rows(model, share.tp), share.itemsize < share.wide
+    stride = -(-rows // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    limits = cuda_limits(GPU_BALANCE) if job.gpu else CPU_LIMITS
+    chunk = chunk_rows(share.tokens, stride, share.itemsize, limits) * stride * share.itemsize
+    if share.tp == 1:
+        return max(chunk, gradient if narrow else 0)
+    # The gathered tokens, dx of all tokens, and the gradient in fp32 and narrow.
+    whole = share.tokens * model.hidden_size * share.itemsize
+    return chunk + 2 * whole + rows * model.hidden_size * share.wide + (gradient if narrow else 0)

@@ -191,6 +191,8 @@ def test_state_is_divided_as_zero_says() -> None:
     assert (terms[3].weights, terms[3].gradients, terms[3].optimizer) == (count, count, 2 * count)
     assert terms[1].gathered == 0
     assert 0 < terms[3].gathered < terms[1].weights
+    alone = dataclasses.replace(job_of(zero=3), world_size=1)
+    assert estimate_memory(alone) == estimate_memory(dataclasses.replace(job_of(zero=0), world_size=1))
     fp32 = dataclasses.replace(job_of(zero=1), itemsize=4)
     assert estimate_memory(fp32)[0].optimizer == 2 * count  # the master is the weights' own slice
     half = estimate_memory(job_of(zero=1, dp_shard=2))[0]
