@@ -7,7 +7,8 @@ their rows when its backward pass is done, in every micro-batch. Rank r owns a r
 (float64 for a float64 model): the master and the weight are one tensor.
 
 Two things differ from what FSDP2 does on its own: gradients are summed, not averaged, and the reduce-scatter is ours,
-which notes whether this process's own gradients were finite and can send them in bf16 while it sums in fp32.
+which notes whether this process's own gradients were finite and can send them in bf16 while it sums in fp32. (Between
+replicas FSDP2 itself adds, in fp32.)
 
 Source: Rajbhandari et al., "ZeRO", arXiv 1910.02054 (stage 3).
 """
