@@ -18,6 +18,7 @@ from megalite.config_values import to_dict
 if TYPE_CHECKING:
     from megalite.train.verify import Result, Verification
     from megalite.train.verify_layouts import Layout
+    from megalite.train.verify_pool import RankError
 
 MARKS = {
     "equal": ("✓", "green"),
@@ -131,8 +132,10 @@ class Table:
         values = [str(result.layout.world)] if self.wide else []
         digits = 6 if self.wide else 4
         values += [f"{check.value(kind):.{digits}f}" for kind in ("loss", "grad norm")]
-        for value, (_, width) in zip(values, self.columns, strict=False):
-            line.append(value.rjust(width))
+        wrong = {measure.kind for measure in check.wrong}
+        for value, (title, width) in zip(values, self.columns, strict=False):
+            kind = {"loss": "loss", "norm": "grad norm"}.get(title)
+            line.append(value.rjust(width), "bold red" if kind in wrong else "")
         line.append(_error(worst.relative).rjust(self.errors), _style(worst.error <= limit))
         line.append("  " + shorten(worst.name, self.worst).ljust(self.worst), "dim")
         update, limit = check.worst("update")
@@ -155,9 +158,8 @@ class Table:
             said.setdefault(f"{error.kind}: {error.summary}", []).append(error.rank)
         for text, ranks in said.items():
             self._wrapped(f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} {text}", "red")
-        if result.errors:
-            for text in result.errors[0].details.rstrip().splitlines()[-_TRACE_LINES:]:
-                self.say("      " + text.rstrip()[: self.width - 6], "dim")
+        for text in _place(result.errors[0]) if result.errors else []:
+            self.say("      " + text[: self.width - 6], "dim")
 
     def _wrapped(self, text: str, style: str) -> None:
         for place, line in enumerate(_fold(text, self.width - 6)):
@@ -195,6 +197,15 @@ def shorten(name: str, width: int) -> str:
         ".weight"
     )
     return short if len(short) <= width else "…" + short[len(short) - width + 1 :]
+
+
+def _place(error: RankError) -> list[str]:
+    """The innermost lines of a traceback, which ends with them, or of a stack, which begins with them."""
+    lines = [line.rstrip() for line in error.details.rstrip().splitlines()]
+    if error.kind != "hung":
+        return lines[-_TRACE_LINES:]
+    current = [i for i, line in enumerate(lines) if line.startswith("Current thread")]
+    return lines[current[0] + 1 if current else 0 :][:_TRACE_LINES]
 
 
 def _error(value: float) -> str:

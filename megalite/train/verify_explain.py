@@ -23,6 +23,7 @@ KINDS = {
     "update": "change after the steps",
 }
 _NAMES_SHOWN = 4
+_BY_TOKEN = ("output", "output gradient", "token losses")
 _HELD_IN = {
     "output": "outputs",
     "output gradient": "output_gradients",
@@ -91,7 +92,12 @@ def explain(check: Check, answers: Sequence[Answer]) -> Finding | None:
         got=_item(first.got, index),
         wrong_elements=int(mask.sum()),
         elements=mask.numel(),
-        where="; ".join(filter(None, [_region(mask), _on_ranks(first, mask, held)])),
+        where="; ".join(
+            filter(
+                None,
+                [_region(mask, "token" if first.kind in _BY_TOKEN else "row"), _on_ranks(first, mask, held)],
+            )
+        ),
         hint=_hint(first, mask, held),
         also_wrong=tuple(_family(wrong[1:])),
         right=len(check.measures) - len(wrong),
@@ -116,7 +122,7 @@ def _item(tensor: Tensor, index: tuple[int, ...]) -> float:
     return float(tensor[index]) if tensor.numel() and len(index) == tensor.dim() else math.nan
 
 
-def _region(mask: Tensor) -> str:
+def _region(mask: Tensor, first: str) -> str:
     """``3072 of 9632 elements wrong: rows 96-191, all columns``."""
     if mask.dim() == 0 or not mask.numel():
         return ""
@@ -125,7 +131,7 @@ def _region(mask: Tensor) -> str:
     if count == mask.numel():
         return f"all {count} elements wrong"
     for dim, size in enumerate(mask.shape):
-        unit = ("row" if dim == 0 else "column") if mask.dim() > 1 else "element"
+        unit = "column" if dim else first if mask.dim() > 1 or first == "token" else "element"
         used = sorted(set(places[:, dim].tolist()))
         many = "s" if len(used) > 1 else ""
         words.append(f"all {unit}s" if len(used) == size else f"{unit}{many} {_ranges(used)}")

@@ -18,6 +18,9 @@ from megalite.train.verify_pool import RankError
 from tests.helpers.outcomes import HEAD, the_truth, two_ranks
 
 LAYOUTS = {layout.name: layout for layout in all_layouts(8)}
+STACK = "Current thread 0x7f (most recent call first):\n" + "\n".join(
+    f'  File "f{n}.py", line {n}' for n in range(1, 20)
+)
 LONG = "tp2-sp-pp2-interleaved_zero_bubble-dp2-zero1"
 
 
@@ -35,7 +38,7 @@ def result_of(layout: Layout, *, right: bool = True) -> Result:
 
 def results() -> list[Result]:
     hung = "no answer within 60 s, in all_reduce_sum (collectives.py:42)"
-    errors = tuple(RankError(rank, "hung", hung, "Current thread:\n  File x") for rank in range(2))
+    errors = tuple(RankError(rank, "hung", hung, STACK) for rank in range(2))
     reason = "parallel.tp=4 must divide model.num_attention_heads=14: the nearest that do are 2 and 7"
     return [
         result_of(Layout("one process", "own", 1, LAYOUTS["tp2"].parallel)),
@@ -73,6 +76,8 @@ def test_everything_is_said_and_fits(width: int, monkeypatch: pytest.MonkeyPatch
     assert "12 of 28 elements wrong: rows 4-6, all columns; wrong on tp rank 1, right on rank 0" in flat
     assert "looks like: counted 2 times: a sum over 2 ranks too many, or a missing division" in flat
     assert "ranks 0, 1 hung: no answer within 60 s, in all_reduce_sum (collectives.py:42)" in flat
+    assert 'File "f1.py", line 1 ' in flat
+    assert "f19.py" not in flat
     assert "– tp4 parallel.tp=4 must divide model.num_attention_heads=14" in flat.replace("  ", " ")
     assert "limits: float64 1e-10, fp32 2 x the error of one process in it, at least 1e-05" in flat
     assert flat.endswith("2 layouts equal one process, 1 wrong, 1 failed, 1 skipped; 41 s")

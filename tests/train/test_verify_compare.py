@@ -98,7 +98,7 @@ def test_the_first_in_the_order_of_a_step_is_reported() -> None:
 def test_token_losses_come_first() -> None:
     finding = found(lambda answers: [answer.token_losses[1][2:4].add_(1) for answer in answers])
     assert (finding.kind, finding.name) == ("token losses", "micro-batch 1")
-    assert "2 of 6 elements wrong: elements 2-3" in finding.where
+    assert "2 of 6 elements wrong: tokens 2-3" in finding.where
     assert finding.lines()[0] == "first wrong: losses of single tokens of micro-batch 1 in float64"
 
 
