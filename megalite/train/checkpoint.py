@@ -149,14 +149,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def keep_last(root: Path, count: int) -> None:
-    """Remove all but the newest `count` checkpoints (0 keeps all), and what an earlier crash left half-written."""
-    for leftover in root.glob(".removing_*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    """Remove all but the newest `count` checkpoints (0 keeps all), and what an earlier crash left half-written.
+
+    Nothing may be being written under `root` meanwhile.
+    """
+    for pattern in (".removing_*", ".writing_*"):
+        for leftover in root.glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
     if not count:
         return
     for old in complete_checkpoints(root)[:-count]:
-        doomed = old.with_name(
-            f".removing_{old.name}"
-        )  # renamed first: a half-removed one must not look whole
+        doomed = removed_name(old)  # renamed first: a half-removed one must not look whole
         old.rename(doomed)
         shutil.rmtree(doomed)
+
+
+def removed_name(folder: Path) -> Path:
+    """What a checkpoint is called while it is removed."""
+    return folder.with_name(f".removing_{folder.name}")

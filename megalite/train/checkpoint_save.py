@@ -51,7 +51,14 @@ from megalite.interop.tensor_file import (
 )
 from megalite.parallel.mesh import ALONE, Axis
 from megalite.parallel.state import Kind
-from megalite.train.checkpoint import FORMAT_VERSION, MANIFEST, TRAINER_FILE, keep_last, part_view
+from megalite.train.checkpoint import (
+    FORMAT_VERSION,
+    MANIFEST,
+    TRAINER_FILE,
+    keep_last,
+    part_view,
+    removed_name,
+)
 from megalite.train.checkpoint_blocks import KIND_FILES, Block, files_of, makes_up, split_key
 from megalite.train.checkpoint_snapshot import Snapshot
 from megalite.train.fingerprint import fingerprint
@@ -260,8 +267,10 @@ class CheckpointWriter(StorageWriter):
         write_atomically(self.temporary / MANIFEST, manifest)
         for folder in (self.temporary / "weights", self.temporary / "optimizer", self.temporary):
             _fsync(folder)
-        if self.final.exists():  # saved before the run was resumed from an earlier step
-            shutil.rmtree(self.final)
+        if (
+            self.final.exists()
+        ):  # saved before the run was resumed from an earlier step; `keep_last` removes it
+            self.final.rename(removed_name(self.final))
         self.temporary.rename(self.final)
         _fsync(self.root)
         keep_last(self.root, self.keep)

@@ -184,6 +184,16 @@ def test_only_complete_checkpoints_are_found_and_the_newest_are_kept(tmp_path):
     assert ckpt.latest_checkpoint(tmp_path, before_step=3) == tmp_path / "step_00000002"
     ckpt.keep_last(tmp_path, 2)
     assert [p.name for p in ckpt.complete_checkpoints(tmp_path)] == ["step_00000003", "step_00000012"]
+    assert not list(tmp_path.glob(".*")), "what a crash left half-written goes too"
+
+
+def test_a_checkpoint_saved_again_takes_the_place_of_the_old_one(tmp_path):
+    config = CONFIGS["llama"]
+    folder = save(config, tmp_path)
+    (folder / "old").touch()
+    assert save(config, tmp_path) == folder
+    assert not (folder / "old").exists()
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
 def test_no_pickle_is_written(tmp_path):
