@@ -91,9 +91,8 @@ class Pipeline:
     def _engine(self, num_microbatches: int, tokens: Tensor) -> Any:
         """The schedule for so many micro-batches; one is kept for each number that a batch-size ramp goes through."""
         if num_microbatches not in self._engines:
-            from torch.distributed.pipelining.schedules import (
-                get_schedule_class,  # 2 s that other runs need not pay
-            )
+            # Importing the engine takes 2 s, which other runs need not pay.
+            from torch.distributed.pipelining.schedules import get_schedule_class
 
             stages = [self._engine_stage(number, tokens) for number in self.stages]
             schedule = get_schedule_class(ENGINE_NAMES[self.schedule])(
@@ -105,16 +104,16 @@ class Pipeline:
                 scale_grads=False,
             )
             schedule.megalite_stages = stages
-            self._engines = {num_microbatches: schedule}  # the last one's buffers are freed
+            self._engines = {num_microbatches: schedule}
         return self._engines[num_microbatches]
 
     def _engine_stage(self, number: int, tokens: Tensor) -> Any:
-        from torch.distributed.pipelining import PipelineStage
+        from megalite.parallel.engine_stage import LeanStage
 
         last = number == self.plan.num_stages - 1
         loss = torch.empty((), dtype=torch.float32, device="meta", requires_grad=True)
         queue = self.queues.get(number)
-        return PipelineStage(
+        return LeanStage(
             self.stages[number],
             number,
             self.plan.num_stages,
