@@ -14,8 +14,8 @@ the optimizer's state (dp_shard · cp; 1 with zero=0):
                       last stage            the final norm's T' · (H · e + s · w), and of the loss
                                             tp = 1: dx T · H · e and dweight V · H · w, made in the forward pass;
                                             tp > 1: T' · H · e hidden states and T · w log-sum-exps
-    pipeline        micro_batches · T' · H · e for each stage that receives activations, and for each that receives
-                    gradients: the engine's buffers, which hold the first layer's input as well
+    pipeline        T' · H · e for each stage that receives activations, and for each that receives gradients: what
+                    is on its way (looped_bfs posts the receives of a whole step: as much for each micro-batch)
     communication   grad_reduce_dtype="bf16": two buckets on their way, sent and received; fp32 travels in place
     workspace       the largest of: the loss (a chunk of logits; with tp > 1 also tokens, dx and a gradient of V / tp
                     rows); the backward pass of one layer (gradients of T · (3f + 2H), a fully recomputed layer's
@@ -235,9 +235,7 @@ def _stage_bytes(job: Job, plan: StagePlan, stage: int, choices: Mapping[int, Re
     size = sum(kept_bytes(model, share, choices[layer]) for layer in plan.layers[stage])
     if model.position == "rope":
         size += tokens * model.size_per_head * share.wide
-    if stage:
-        size -= stream  # it is in the engine's buffer
-    elif share.tp > 1:
+    if not stage and share.tp > 1:
         size += 9 * tokens
     return size + (loss_bytes(model, share) if stage == plan.num_stages - 1 else stream)
 
@@ -294,7 +292,8 @@ def _pipeline_buffers(job: Job, stages: int, first: bool, last: bool) -> int:
     if job.parallel.pp == 1:
         return 0
     stream = job.share.stream_tokens * job.model.hidden_size * job.itemsize
-    return job.num_microbatches * stream * (2 * stages - first - last)
+    posted = job.num_microbatches if job.parallel.pp_schedule == "looped_bfs" else 1
+    return posted * stream * (2 * stages - first - last)
 
 
 def _bucket_buffers(job: Job, parameters: int) -> int:
