@@ -3,8 +3,6 @@
 The engine's own stage holds a receive buffer for every micro-batch of the step, forth and back, for the whole run:
 43 GB for a 70B model in five stages a rank and 32 micro-batches, where the schedule itself keeps a fraction of that in
 flight. Here a buffer is made when its receive is posted; once computation has taken it, only the graph holds it.
-
-Importing this module imports the engine (about 2 s); `megalite.parallel.pipeline` does so when a pipeline runs.
 """
 
 from __future__ import annotations
@@ -12,17 +10,25 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.distributed.pipelining import PipelineStage
 
 
-class LeanStage(PipelineStage):
-    """`PipelineStage` whose receive buffers live from the receive to the pass that uses them."""
+class LeanBuffers:
+    """To be put before the engine's `PipelineStage`: buffers live from the receive to the pass that uses them.
+
+    Importing the engine takes 2 s, which runs without a pipeline need not pay: `make_lean_stage` does it.
+    """
+
+    device: torch.device
+    args_recv_info: dict[int, Any]
+    grad_recv_info: dict[int, Any]
+    has_backward: bool
+    is_last: bool
 
     def _setup_forward_recv_info(self, *args: Any, **kwargs: Any) -> None:
-        self._on_meta(super()._setup_forward_recv_info, *args, **kwargs)
+        self._on_meta(super()._setup_forward_recv_info, *args, **kwargs)  # type: ignore[misc]
 
     def _setup_backward_recv_info(self, *args: Any, **kwargs: Any) -> None:
-        self._on_meta(super()._setup_backward_recv_info, *args, **kwargs)
+        self._on_meta(super()._setup_backward_recv_info, *args, **kwargs)  # type: ignore[misc]
 
     def _on_meta(self, setup: Any, *args: Any, **kwargs: Any) -> None:
         """Let the engine describe what will be received without allocating it."""
@@ -34,20 +40,20 @@ class LeanStage(PipelineStage):
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> Any:
         self._allocate(self.args_recv_info[fwd_chunk_id])
-        return super().get_fwd_recv_ops(fwd_chunk_id)
+        return super().get_fwd_recv_ops(fwd_chunk_id)  # type: ignore[misc]
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> Any:
         if self.has_backward and not self.is_last:
             self._allocate(self.grad_recv_info[bwd_chunk_id])
-        return super().get_bwd_recv_ops(bwd_chunk_id)
+        return super().get_bwd_recv_ops(bwd_chunk_id)  # type: ignore[misc]
 
     def _retrieve_recv_activations(self, fwd_chunk_id: int) -> Any:
-        received = super()._retrieve_recv_activations(fwd_chunk_id)
+        received = super()._retrieve_recv_activations(fwd_chunk_id)  # type: ignore[misc]
         _let_go(self.args_recv_info[fwd_chunk_id])
         return received
 
     def _retrieve_recv_grads(self, bwd_chunk_id: int) -> Any:
-        received = super()._retrieve_recv_grads(bwd_chunk_id)
+        received = super()._retrieve_recv_grads(bwd_chunk_id)  # type: ignore[misc]
         _let_go(self.grad_recv_info[bwd_chunk_id])
         return received
 
@@ -63,3 +69,10 @@ class LeanStage(PipelineStage):
 def _let_go(infos: Any) -> None:
     for info in infos:
         info.buffer = None
+
+
+def make_lean_stage(*args: Any, **kwargs: Any) -> Any:
+    """The engine's `PipelineStage` of these arguments with `LeanBuffers`."""
+    from torch.distributed.pipelining import PipelineStage
+
+    return type("LeanStage", (LeanBuffers, PipelineStage), {})(*args, **kwargs)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from megalite.config_parallel import SINGLE_STAGE, ZERO_BUBBLE, Schedule
 from megalite.parallel.action_table import ENGINE_NAMES
 from megalite.parallel.collectives import receive, send
+from megalite.parallel.engine_stage import make_lean_stage
 from megalite.parallel.gradients import WeightQueue, get_sink
 from megalite.parallel.mesh import Axis
 from megalite.parallel.stages import StagePlan
@@ -108,12 +109,10 @@ class Pipeline:
         return self._engines[num_microbatches]
 
     def _engine_stage(self, number: int, tokens: Tensor) -> Any:
-        from megalite.parallel.engine_stage import LeanStage
-
         last = number == self.plan.num_stages - 1
         loss = torch.empty((), dtype=torch.float32, device="meta", requires_grad=True)
         queue = self.queues.get(number)
-        return LeanStage(
+        return make_lean_stage(
             self.stages[number],
             number,
             self.plan.num_stages,

@@ -9,7 +9,7 @@ import torch
 
 from megalite.config import ParallelConfig
 from megalite.parallel import engine_stage
-from megalite.parallel.engine_stage import LeanStage
+from megalite.parallel.engine_stage import LeanBuffers
 from megalite.parallel.tensor import TensorSplit
 from megalite.train.generate import generate
 from tests.parallel.layouts import MODELS, build, packed_batch
@@ -43,7 +43,7 @@ def forward_job(layout: ParallelConfig, config: Any, batch: Any) -> bool:
     return torch.equal(losses, expected) and texts[0] == texts[1]
 
 
-class Seen(LeanStage):
+class Seen(LeanBuffers):
     """Notes the most receive buffers that a rank's stages hold at one time."""
 
     most = 0
@@ -57,12 +57,12 @@ class Seen(LeanStage):
 
 def buffers_job(schedule: Any, batches: list[Any]) -> tuple[int, int]:
     """(most buffers at one time, buffers left after the step) of this rank."""
-    engine_stage.LeanStage, Seen.most = Seen, 0  # type: ignore[misc]
+    engine_stage.LeanBuffers, Seen.most = Seen, 0  # type: ignore[misc]
     try:
         replica = make_replica(ParallelConfig(pp=2, pp_schedule=schedule), DEEP, torch.float32, 32)
         replica.gradients(batches, torch.ones(()))
     finally:
-        engine_stage.LeanStage = LeanStage  # type: ignore[misc]
+        engine_stage.LeanBuffers = LeanBuffers  # type: ignore[misc]
     assert replica.pipeline is not None
     (engine,) = replica.pipeline._engines.values()
     infos = [
