@@ -142,6 +142,7 @@ class Watch:
             cause = self._no_store(error)
         if cause:
             self._abandon(cause)
+            self._keep_store()
         return cause
 
     def fail(self, error: BaseException) -> None:
@@ -178,6 +179,18 @@ class Watch:
         atexit.unregister(self.stop)  # threads and sockets that hang at the interpreter's end are ended too
         self._cause = self._cause or cause
         self._wake.set()
+        with contextlib.suppress(RuntimeError):  # no store, nobody to tell
+            self._store.set(f"knows/{self.rank}", "1")
+
+    def _keep_store(self) -> None:
+        """Rank 0, which may hold the store, ends last: after all that are left have read the alarm there."""
+        until = time.monotonic() + GRACE_S - 1.0
+        waiting = [rank for rank in range(len(self.places)) if rank != self.rank] if self.rank == 0 else []
+        with contextlib.suppress(RuntimeError):
+            while waiting and time.monotonic() < until:
+                gone = [rank for rank in waiting if self.places[rank].is_gone(self._here)]
+                waiting = [r for r in waiting if r not in gone and not self._store.check([f"knows/{r}"])]
+                time.sleep(0.05)
 
     def _beat(self) -> None:
         self._beats += 1

@@ -192,6 +192,7 @@ def records(run_dir: Path, name: str) -> list[dict]:
     return read_records(path) if path.exists() else []
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_slurm_job_trains_is_preempted_requeued_and_finishes(cluster, tmp_path):
     run_dir = prepare(cluster, tmp_path)
