@@ -25,6 +25,16 @@ from tests.parallel.layouts import MODELS, build, loss_of, packed_batch
 RATE = 0.3
 """Of the SGD steps: large enough that a wrong gradient of the first step shows in the second loss."""
 CPU = torch.device("cpu")
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+OTHER_AXES: list[dict[str, Any]] = [
+    {"dp_shard": 2},
+    {"dp_shard": 1},
+    {"tp": 2},
+    {"tp": 2, "sequence_parallel": False},
+    {"cp": 2},
+    {"cp": 4},
+]
+"""Layouts of four ranks; dp takes what is left."""
 
 
 @dataclass
@@ -205,3 +215,11 @@ def compare(got: dict[str, Tensor], truth: dict[str, Tensor], tolerance: float, 
         error = float((got[name] - expected).abs().max())
         assert error <= tolerance * largest, f"{what} {name}: {error:.3e} of {largest:.3e}"
         assert float(expected.abs().max()) > 0, f"{what} {name} is zero: the test shows nothing"
+
+
+def check(rank_pool: Any, ranks: int, name: str, dtype: torch.dtype, **layout: Any) -> None:
+    """Three steps on so many ranks, two unequal micro-batches on each, against one process."""
+    parallel = ParallelConfig(**layout)
+    batches = make_batches(2 * parallel.dp_size(ranks))
+    got = put_together(rank_pool(ranks).run(steps_on_rank, parallel, name, dtype, batches))
+    assert_same(got, one_process(name, dtype, batches), TOLERANCE[dtype])

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
 from megalite.config import ParallelConfig
 from megalite.parallel.data import FlatBuffers
 from megalite.parallel.mesh import ALONE
-from tests.parallel.states import assert_same, compare, make_batches, one_process, put_together, steps_on_rank
-
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-
-
-def check(rank_pool: Any, ranks: int, name: str, dtype: torch.dtype, **layout: Any) -> None:
-    parallel = ParallelConfig(**layout)
-    batches = make_batches(2 * parallel.dp_size(ranks))
-    got = put_together(rank_pool(ranks).run(steps_on_rank, parallel, name, dtype, batches))
-    assert_same(got, one_process(name, dtype, batches), TOLERANCE[dtype])
+from tests.parallel.states import (
+    OTHER_AXES,
+    TOLERANCE,
+    assert_same,
+    check,
+    compare,
+    make_batches,
+    one_process,
+    put_together,
+    steps_on_rank,
+)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -31,18 +30,7 @@ def test_data_parallel(rank_pool, ranks, zero, name, dtype):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3-tied", "gpt2"])
-@pytest.mark.parametrize(
-    "layout",
-    [
-        {"dp_shard": 2},
-        {"dp_shard": 1},
-        {"tp": 2},
-        {"tp": 2, "sequence_parallel": False},
-        {"cp": 2},
-        {"cp": 4},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("layout", OTHER_AXES, ids=str)
 def test_with_other_axes(rank_pool, layout, name):
     """Four ranks; dp takes what is left."""
     check(rank_pool, 4, name, torch.float64, bucket_size=800, **layout)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
@@ -23,10 +22,12 @@ from tests.helpers.tiny import make_dataset, read_losses, tiny_config
 from tests.helpers.trace import trace
 from tests.parallel import layouts
 from tests.parallel.layouts import MODELS, build
-from tests.parallel.replicas import assert_equals, run_layout
 from tests.parallel.states import (
     CPU,
+    OTHER_AXES,
+    TOLERANCE,
     assert_same,
+    check,
     compare,
     forward_backward,
     make_batches,
@@ -35,40 +36,21 @@ from tests.parallel.states import (
     sgd,
     steps_on_rank,
 )
-
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-
-
-def check(rank_pool: Any, ranks: int, name: str, dtype: torch.dtype, **layout: Any) -> None:
-    parallel = ParallelConfig(zero=3, **layout)
-    batches = make_batches(2 * parallel.dp_size(ranks))
-    got = put_together(rank_pool(ranks).run(steps_on_rank, parallel, name, dtype, batches))
-    assert_same(got, one_process(name, dtype, batches), TOLERANCE[dtype])
+from tests.parallel.training import assert_layout_equals
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name", ["llama", "qwen3-tied", "gpt2"])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_fully_sharded(rank_pool, ranks, name, dtype):
-    check(rank_pool, ranks, name, dtype)
+    check(rank_pool, ranks, name, dtype, zero=3)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3-tied", "gpt2"])
-@pytest.mark.parametrize(
-    "layout",
-    [
-        {"dp_shard": 2},
-        {"dp_shard": 1},
-        {"tp": 2},
-        {"tp": 2, "sequence_parallel": False},
-        {"cp": 2},
-        {"cp": 4},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("layout", OTHER_AXES, ids=str)
 def test_with_other_axes(rank_pool, layout, name):
     """Four ranks; dp takes what is left. Without ranks to divide over it is plain data parallelism."""
-    check(rank_pool, 4, name, torch.float64, **layout)
+    check(rank_pool, 4, name, torch.float64, zero=3, **layout)
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zbv"])
@@ -76,9 +58,7 @@ def test_with_a_pipeline(rank_pool, schedule):
     """Several forward passes before the first backward pass. Weight gradients are not put off: there are no sinks."""
     deep = dataclasses.replace(MODELS["qwen3-tied"], num_layers=4)
     batches = make_batches(8)
-    layout = ParallelConfig(zero=3, pp=2, pp_schedule=schedule)
-    answers = rank_pool(4).run(run_layout, layout, deep, torch.float64, batches)
-    assert_equals(answers, layouts.one_process(deep, torch.float64, batches), 1e-10)
+    assert_layout_equals(rank_pool(4).run, ParallelConfig(zero=3, pp=2, pp_schedule=schedule), deep, batches)
 
 
 def average(state: ShardedModules) -> None:

@@ -29,7 +29,7 @@ from tests.parallel.layouts import (
     packed_batch,
     put_together,
 )
-from tests.parallel.replicas import assert_equals, run_layout
+from tests.parallel.training import assert_layout_equals
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -101,9 +101,7 @@ def test_a_pipeline_puts_products_off(rank_pool: Any, layout: dict[str, Any]) ->
     """Schedules with a W pass over stages whose layers are cut, with dgrad in uneven chunks."""
     config = dataclasses.replace(MODELS["qwen3-tied"], num_layers=4)
     batches = [packed_batch(seed=seed) for seed in range(4)]
-    truth = one_process(config, torch.float64, batches)
-    parallel = ParallelConfig(pp=2, tp=2, tp_chunks=3, **layout)
-    assert_equals(rank_pool(4).run(run_layout, parallel, config, torch.float64, batches), truth, 1e-10)
+    assert_layout_equals(rank_pool(4).run, ParallelConfig(pp=2, tp=2, tp_chunks=3, **layout), config, batches)
 
 
 @pytest.mark.parametrize("deferred", [False, True])

@@ -123,6 +123,20 @@ def whole_training(ranks: list[RankTraining]) -> Training:
     return Training(first.losses, first.norms, **kinds, scores=first.scores)
 
 
+def assert_layout_equals(
+    run: Callable[..., list[RankTraining]],
+    layout: ParallelConfig,
+    config: ModelConfig,
+    batches: list[MicroBatch],
+    steps: int = 3,
+) -> None:
+    """Training in a layout, in float64, against one process; `run` is that of a rank pool."""
+    ranks = run(train_layout, layout, config, torch.float64, batches, steps)
+    assert_same_training(
+        whole_training(ranks), train_alone(config, torch.float64, batches, steps=steps), 1e-10
+    )
+
+
 def train_alone(
     config: ModelConfig,
     dtype: torch.dtype,

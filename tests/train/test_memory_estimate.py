@@ -14,8 +14,7 @@ from megalite.models.blocks import ModelPart
 from megalite.models.presets import preset
 from megalite.models.transformer import Transformer
 from megalite.parallel.gradients import WeightQueue, get_sink
-from megalite.parallel.mesh import Axis, Mesh, mesh_of_group
-from megalite.parallel.random import initialize
+from megalite.parallel.mesh import Axis
 from megalite.parallel.tensor import TensorSplit
 from megalite.train.memory_estimate import (
     Job,
@@ -29,9 +28,9 @@ from megalite.train.memory_estimate import (
     weight_factors,
     worst_rank,
 )
-from megalite.train.replica import build_replica
 from tests.helpers.kept import Watch
 from tests.parallel.layouts import MODELS, loss_of, packed_batch
+from tests.parallel.replicas import make_replica
 
 GB = 1e9
 KINDS = {
@@ -87,18 +86,7 @@ def test_parameters_of_small_models(name: str) -> None:
 
 def kept_by(model: ModelConfig, parallel: ParallelConfig, recompute: RecomputeConfig) -> int:
     """Bytes that a whole forward pass leaves, measured; the batch itself was there before."""
-    mesh = Mesh(device=torch.device("cpu"))
-    if parallel.tp * parallel.cp > 1:
-        mesh = mesh_of_group(parallel, torch.device("cpu"))
-    replica = build_replica(
-        model,
-        parallel,
-        mesh,
-        dtype=torch.float32,
-        micro_batch_tokens=TOKENS,
-        fill=lambda model: initialize(model, seed=3),
-        recompute=recompute,
-    )
+    replica = make_replica(parallel, model, torch.float32, TOKENS, recompute=recompute)
     batch, watch = packed_batch(TOKENS), Watch()
     with watch:
         loss = loss_of(replica.model, batch, None)
@@ -141,17 +129,7 @@ def test_kept_bytes_over_two_tensor_parallel_ranks(rank_pool: Any, name: str, se
 
 def waiting_for_weights(model: ModelConfig, parallel: ParallelConfig) -> int:
     """Bytes that wait for a W pass after a backward pass with nothing else left."""
-    mesh = Mesh(device=torch.device("cpu"))
-    if parallel.tp > 1:
-        mesh = mesh_of_group(parallel, torch.device("cpu"))
-    replica = build_replica(
-        model,
-        parallel,
-        mesh,
-        dtype=torch.float32,
-        micro_batch_tokens=TOKENS,
-        fill=lambda model: initialize(model, seed=3),
-    )
+    replica = make_replica(parallel, model, torch.float32, TOKENS)
     queue = WeightQueue()
     for layer in replica.model.layers.parameters():
         if (sink := get_sink(layer)) is not None:
