@@ -183,11 +183,6 @@ class ValidationSet:
                 tokenizers[dataset].decode(self._without_eod(dataset, tokens)),
             )
 
-    def raw_bytes(self, selection: ValSelection | None = None) -> Iterator[bytes]:
-        """UTF-8 text of the selected documents, one after the other (see `texts`)."""
-        for _, text in self.texts(selection):
-            yield text.encode("utf-8")
-
     def _without_eod(self, dataset: int, tokens: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
         closed = tokens.size and int(tokens[-1]) == self._streams[dataset].eod_id
         return tokens[:-1] if closed else tokens

@@ -185,12 +185,6 @@ def barrier(axis: Axis) -> None:
         dist.barrier(group=axis.group)
 
 
-def any_failed(failed: bool, axis: Axis, device: torch.device) -> bool:
-    """Whether any rank of the axis reports a failure, so that all of them can stop together."""
-    flag = torch.tensor(int(failed), device=device)
-    return bool(all_reduce_sum(flag, axis).item())
-
-
 def reduce_from(x: Tensor, axis: Axis) -> Tensor:
     """The sum of x over the ranks, on all of them; each rank gets the whole gradient."""
     return x if axis.group is None else _ReduceFrom.apply(x, axis)

@@ -36,11 +36,22 @@ class ContextSplit:
         axis: context-parallel axis, of more than one rank.
         method: ring or ulysses.
         bounds: where documents start, and T: `cu_seqlens` of the whole batch on the host.
+
+    Raises:
+        ValueError: T does not divide into two chunks for each rank.
     """
 
     axis: Axis
     method: Method
     bounds: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        tokens, ranks = self.bounds[-1], self.axis.size
+        if tokens % (2 * ranks):  # the rest would be left out
+            raise ValueError(
+                f"a packed batch of {tokens} tokens does not divide over parallel.cp={ranks}: make "
+                f"micro_batch_size * seq_length a multiple of {2 * ranks}"
+            )
 
     @property
     def chunk(self) -> int:
@@ -63,19 +74,6 @@ class ContextSplit:
         end = next(bound for bound in self.bounds if bound > token)
         start = max(bound for bound in self.bounds if bound <= token)
         return start, end
-
-
-def check_tokens(tokens: int, axis: Axis) -> None:
-    """Raise unless a packed batch divides into the chunks of a ring.
-
-    Raises:
-        ValueError: names the multiple that T must be of.
-    """
-    if tokens % (2 * axis.size):
-        raise ValueError(
-            f"a packed batch of {tokens} tokens does not divide over parallel.cp={axis.size}: make "
-            f"micro_batch_size * seq_length a multiple of {2 * axis.size}"
-        )
 
 
 def context_attention(q: Tensor, k: Tensor, v: Tensor, split: ContextSplit, *, window: int | None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import megalite_kernels as kernels
 from megalite.config import ParallelConfig
-from megalite.parallel.context import ContextSplit, Method, check_tokens, context_attention, ring_parts
+from megalite.parallel.context import ContextSplit, Method, context_attention, ring_parts
 from megalite.parallel.mesh import Axis, mesh_of_group
 
 TOKENS, HEADS, KEY_HEADS, DIM = 48, 8, 4, 8
@@ -85,7 +85,7 @@ def test_a_window_or_a_document_end_skips_what_nobody_sees() -> None:
 
 def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"50 tokens does not divide over parallel.cp=4: .* multiple of 8"):
-        check_tokens(50, Axis(4, 0))
+        ContextSplit(Axis(4, 0), "ring", (0, 50))
     q, k = torch.zeros(4, 6, 8), torch.zeros(4, 3, 8)
     with pytest.raises(ValueError, match=r"parallel.cp=2 .* must divide the 3 key/value heads"):
         context_attention(q, k, k, ContextSplit(Axis(2, 0), "ulysses", (0, 8)), window=None)
