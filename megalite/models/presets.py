@@ -113,6 +113,8 @@ PRESETS: dict[str, ModelConfig] = {
         max_position_embeddings=1024,
         qk_norm=True,
     ),
+    # Small enough to compare trainers on a CPU, large enough that matrix products decide (58M parameters).
+    "llama-60m": dataclasses.replace(_llama2(8, 512, 1408, 8), max_position_embeddings=512),
     "gpt2-124m": _gpt2(12, 768, 12),
     "gpt2-350m": _gpt2(24, 1024, 16),
     "gpt2-774m": _gpt2(36, 1280, 20),
