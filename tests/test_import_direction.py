@@ -9,12 +9,13 @@ import pytest
 
 from tests.helpers.source import ROOT, imports, modules, parse
 
-COMPUTE = {"config", "config_parallel", "parallel", "layers", "models", "optim", "data"}
+COMPUTE = {"config", "config_model", "config_parallel", "parallel", "layers", "models", "optim", "data"}
 # Part of megalite → the parts it may import besides itself; `errors` and the version are free for all.
 MAY_IMPORT = {
     "": set(),
     "errors": set(),
-    "config": {"config_parallel", "config_checks"},
+    "config": {"config_model", "config_parallel", "config_checks"},
+    "config_model": {"config_checks"},
     "config_parallel": {"config", "config_checks"},  # the model's shape, for type checkers only
     "config_checks": set(),
     "config_values": set(),
@@ -29,7 +30,16 @@ MAY_IMPORT = {
     "__main__": {"cli"},
 }
 MAY_IMPORT_KERNELS = {"parallel", "layers", "models", "optim", "train", "interop", "cli"}
-STDLIB_ONLY = {"", "errors", "config", "config_parallel", "config_checks", "config_values", "__main__"}
+STDLIB_ONLY = {
+    "",
+    "errors",
+    "config",
+    "config_model",
+    "config_parallel",
+    "config_checks",
+    "config_values",
+    "__main__",
+}
 # What moves data between ranks (a barrier does not); megalite.parallel.collectives is the only caller.
 COLLECTIVES = {
     "all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_gather_object",
