@@ -246,7 +246,7 @@ def _fake_backward(
 
 _OPTIONS = (
     "Tensor? cu_seqlens, Tensor? cu_seqlens_k, Tensor? sinks, "
-    "bool causal, int window, int offset, int max_seqlen, float softcap, float scale"
+    "bool causal, int window, int offset, SymInt max_seqlen, float softcap, float scale"
 )
 _forward = define(
     f"attention_fwd(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)", fake=_fake_forward
