@@ -11,14 +11,15 @@ each counts.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-Record = Mapping[str, Any]
+from benchmarks.pictures import save
+from benchmarks.records import Record, digest, read
+
 OURS = "megalite"
 STYLE = {
     OURS: ("o", "#d1495b"),
@@ -48,14 +49,12 @@ class Roof:
         return 1e3 * self.seconds(record) / float(record["median_ms"])
 
 
-def read(folder: Path) -> list[Record]:
-    """All records of a folder."""
-    return [
-        json.loads(line)
-        for path in sorted(folder.glob("*.jsonl"))
-        for line in path.read_text(encoding="utf-8").splitlines()
-        if line.strip()
-    ]
+def pictures(folder: Path) -> dict[Path, list[Record]]:
+    """The plot of each device type in a folder's records, and what it shows."""
+    found: dict[Path, list[Record]] = {}
+    for record in read(folder):
+        found.setdefault(folder / f"roofline_{record['device_type']}.png", []).append(record)
+    return found
 
 
 def roof_of(records: Sequence[Record], dtype: str) -> Roof:
@@ -123,7 +122,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
         f"commit {last['commit']}, {last['time'][:10]}",
         fontsize=10,
     )
-    figure.savefig(path, dpi=130)
+    save(figure, path, digest(records), dpi=100)
     plt.close(figure)
 
 
@@ -191,14 +190,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--output", type=Path, default=None, help="roofline_DEVICE.png in that folder by default"
     )
     arguments = parser.parse_args(argv)
-    records = read(arguments.folder)
-    if not records:
+    found = pictures(arguments.folder)
+    if not found:
         parser.error(f"{arguments.folder} holds no records: run python -m benchmarks.kernels first")
-    for kind in sorted({record["device_type"] for record in records}):
-        chosen = [record for record in records if record["device_type"] == kind]
-        path = arguments.output or arguments.folder / f"roofline_{kind}.png"
-        draw(chosen, path)
-        print(f"wrote {path}")
+    for path, records in found.items():
+        draw(records, arguments.output or path)
+        print(f"wrote {arguments.output or path}")
     return 0
 
 
