@@ -59,12 +59,17 @@ test-layouts: ## prove that every parallel layout trains every kind of model as 
 	@$(PYTEST) tests/parallel/test_matrix.py $(ARGS)
 
 .PHONY: bench
-bench: setup ## measure training throughput on this machine
-	@$(BIN)/python benchmarks/train_throughput.py $(ARGS)
+bench: setup ## measure training throughput beside other trainers; then the tables and plots of README
+	@$(BIN)/python benchmarks/train_throughput.py --output benchmarks/results/throughput.jsonl $(ARGS)
+	@$(BIN)/python -m benchmarks.tables
 
 .PHONY: bench-kernels
 bench-kernels: setup ## time every kernel here against torch and torch.compile; records and a roofline plot
 	@$(BIN)/python -m benchmarks.kernels $(ARGS)
+
+.PHONY: bench-tables
+bench-tables: setup ## make the tables and plots of README from the records in benchmarks/results
+	@$(BIN)/python -m benchmarks.tables $(ARGS)
 
 .PHONY: doctor
 doctor: setup ## check and time every op on this machine
