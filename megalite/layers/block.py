@@ -19,6 +19,9 @@ class Block(nn.Module):
     adds to it while it reads both. That saves one read and one write of the stream per addition.
     """
 
+    runs_whole = False
+    """Its layers are never called as modules of their own: it is compiled, and waits for all its weights at once."""
+
     def __init__(
         self,
         attention_norm: RMSNorm | LayerNorm,
@@ -45,7 +48,8 @@ class Block(nn.Module):
         `recompute` says what the backward pass makes again; the gradients have the same bits either way.
         """
         if recompute.full and torch.compiler.is_compiling():
-            return run_again(self, x, residual, context)
+            # Not self(...): a compiled block's own `forward` is the compiler's entry.
+            return run_again(lambda x, residual: Block.forward(self, x, residual, context), x, residual)
         full = recompute.full and torch.is_grad_enabled()
         normed, total = run_marked(recompute.norm, self.attention_norm, x, residual)
         with made_again(recompute.norm or full, (normed,), lambda: self.attention_norm(total)[:1]):

@@ -8,7 +8,7 @@ them, in the order of registration, waits for them too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -37,8 +37,8 @@ class WeightGatherer:
         """How many buckets each module with weights waits for."""
         self._called: list[bool] = []
         self._hooks: list[RemovableHandle] = []
-        for module in model.modules():
-            own = [number[parameter] for parameter in module.parameters(recurse=False)]
+        for module, parameters in _callers(model):
+            own = [number[parameter] for parameter in parameters]
             if own and shard.group is not None:
                 self._needs.append(1 + max(own))
                 self._called.append(False)
@@ -93,3 +93,12 @@ class WeightGatherer:
             last_called = module if called else last_called
             self._needs[last_called] = max(self._needs[last_called], self._needs[module])
         self._learned = True
+
+
+def _callers(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
+    """Modules whose calls use weights, with those weights, in the order of registration."""
+    whole = bool(getattr(module, "runs_whole", False))
+    yield module, list(module.parameters(recurse=whole))
+    if not whole:
+        for child in module.children():
+            yield from _callers(child)

@@ -8,7 +8,8 @@ pipeline schedules compute gradients of activations first, because the stage bef
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,27 @@ def set_sink(weight: nn.Parameter, sink: GradientSink | None) -> None:
 def get_sink(weight: Tensor) -> GradientSink | None:
     """The parameter's sink, if it has one."""
     return getattr(weight, "grad_sink", None)
+
+
+def announce(x: Tensor, sinks: Sequence[GradientSink]) -> Tensor:
+    """x itself; when its gradient arrives, those of the weights that it was used with are complete, and told so.
+
+    For graphs that accumulate into `main_grad` themselves, of which x is an input that needs a gradient.
+    """
+    return _Announce.apply(x, sinks) if sinks else x
+
+
+class _Announce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sinks: Sequence[GradientSink]) -> Tensor:
+        ctx.sinks = sinks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
+        for sink in ctx.sinks:
+            sink.added()
+        return dx, None
 
 
 def add_weight_gradient(sink: GradientSink | None, dy: Tensor, x: Tensor) -> Tensor | None:

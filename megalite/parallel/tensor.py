@@ -87,6 +87,9 @@ def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, split: TensorS
     sink = get_sink(weight)
     if split.axis.group is None and sink is None:
         return F.linear(x, weight, bias)
+    if sink is not None and torch.compiler.is_compiling():
+        # A graph adds into the main gradient, but calls nobody: `announce` tells the sink.
+        return kernels.linear(x, weight, bias=bias, main_grad=sink.main_grad)
     return _ColumnLinear.apply(x, weight, bias, split, sink)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,11 +36,14 @@ def replay(config: RunConfig, mesh: Mesh, step: int) -> tuple[Findings, Session]
     """Repeat the run up to (1-based) `step`, and watch that step's forward pass and gradients.
 
     The data order, the weights and the arithmetic are functions of the configuration and the checkpoint, so
-    the step is the same as it was. Nothing is written to the run directory.
+    the step is the same as it was (but for the last bits if it was compiled: here it is not). Nothing is written to
+    the run directory.
 
     Raises:
         UserError: the run's data, configuration and checkpoint do not fit together.
     """
+    # Modules are watched one by one, which a compiled block does not have.
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, compile=False))
     prepare_process(config, mesh)
     session = build_session(config, mesh, replay_step=step)
     trainer = session.trainer

@@ -21,6 +21,7 @@ from megalite.config import ModelConfig, ParallelConfig, RecomputeConfig
 from megalite.data.loader import MicroBatch
 from megalite.layers.cache import LayerCache
 from megalite.models.blocks import ModelPart
+from megalite.models.compiled import compile_blocks
 from megalite.models.stage import Stage
 from megalite.models.transformer import Transformer
 from megalite.parallel.collectives import broadcast
@@ -204,6 +205,7 @@ def build_replica(
     recompute: RecomputeConfig | None = None,
     seq_length: int = 0,
     num_microbatches: int = 0,
+    compile_backend: str = "",
 ) -> Replica:
     """Make this process's part of the model and its state.
 
@@ -217,6 +219,7 @@ def build_replica(
         seq_length: tokens of a sample, for the balance of pipeline stages; 0: one micro-batch is one sample.
         num_microbatches: of a step on a data-parallel rank; a recomputation budget is shared by those in flight.
             0: as many as the pipeline has stages.
+        compile_backend: of `torch.compile`, for the blocks; empty compiles nothing.
     """
     plan = plan_stages(config, parallel, seq_length or micro_batch_tokens)
     own = plan.stages_of(mesh.pp.rank)
@@ -239,6 +242,8 @@ def build_replica(
             seq_length=seq_length,
         )
         model.recompute = recompute_choices(job)
+    if compile_backend:
+        compile_blocks(model, compile_backend)
     fill(model)
     state = make_state(model, mesh, dtype, parallel)
     return Replica(model, state, mesh, parallel, plan, micro_batch_tokens=micro_batch_tokens, dtype=dtype)

@@ -53,6 +53,7 @@ FREE_TO_CHANGE = {
     "": {"name", "run_dir", "preset", "parallel", "recompute", "eval", "checkpoint"},
     "train": {
         "steps", "micro_batch_size", "device", "threads", "log_interval", "profile", "max_skipped_steps", "init_from",
+        "compile",
     },
 }  # fmt: skip
 """Settings that may differ when a run is continued: they change neither its data nor its arithmetic, or (the
@@ -120,6 +121,7 @@ def build_session(config: RunConfig, mesh: Mesh, *, replay_step: int | None = No
         fill=lambda model: None if manifest else fill_weights(model, config),
         recompute=config.recompute,
         num_microbatches=config.train.global_batch_size // (config.train.micro_batch_size * mesh.dp.size),
+        compile_backend="inductor" if config.train.compile else "",
     )
     optimizer = AdamW(replica.state, config.optimizer, mesh.world)
     guard = StepGuard(mesh.device, sigma=config.train.spike_sigma, skip_spikes=config.train.skip_spikes)
