@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import megalite_kernels as kernels
 from megalite.parallel.pieces import Init, Piece, TensorParallel, whole
-from megalite.parallel.tensor import UNSPLIT, TensorSplit, vocab_embedding
+from megalite.parallel.tensor import UNSPLIT, TensorSplit, embedding_rows, vocab_embedding
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -87,4 +86,4 @@ class PositionEmbedding(nn.Module):
 
     def forward(self, positions: Tensor) -> Tensor:
         """[...] int64 → [..., H]."""
-        return kernels.embedding(positions, self.weight)
+        return embedding_rows(positions, self.weight)

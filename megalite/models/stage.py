@@ -39,6 +39,6 @@ class Stage(nn.Module):
         out = self._run(x, self.layers, **where)
         if not self.is_last:
             return out
-        loss = self._losses(out, labels, "sum")
+        loss = self._losses(out, labels, "sum", scale)
         self.loss_sum += loss.detach()
         return loss * scale

@@ -19,7 +19,7 @@ from megalite.layers.rope import rope_frequencies, rope_tables, stretch_linear, 
 from megalite.models.blocks import Blocks, ModelPart, build_block
 from megalite.parallel.collectives import all_gather
 from megalite.parallel.context import ContextSplit
-from megalite.parallel.loss import vocab_parallel_losses
+from megalite.parallel.loss import head_loss, vocab_parallel_losses
 from megalite.parallel.tensor import UNSPLIT, TensorSplit, own_tokens
 
 
@@ -232,10 +232,12 @@ class Transformer(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         sequence: ContextSplit | None = None,
+        grad_scale: Tensor | None = None,
     ) -> Tensor:
         """Sum of the cross-entropies (nats) at all labels that are not IGNORE_INDEX: a float32 scalar.
 
-        A sum, because only the caller knows how many valid labels the whole step has.
+        A sum, because only the caller knows how many valid labels the whole step has. Who says by `grad_scale` what
+        gradient the sum is going to get, must run its backward pass: see `megalite.parallel.loss.head_loss`.
         """
         where = {
             "positions": positions,
@@ -243,7 +245,7 @@ class Transformer(nn.Module):
             "max_seqlen": max_seqlen,
             "sequence": sequence,
         }
-        return self._losses(tokens, labels, "sum", **where)
+        return self.hidden_losses(self(tokens, **where), labels, "sum", grad_scale)
 
     def token_losses(
         self,
@@ -262,25 +264,23 @@ class Transformer(nn.Module):
             "max_seqlen": max_seqlen,
             "sequence": sequence,
         }
-        return self._losses(tokens, labels, "none", **where)
+        return self.hidden_losses(self(tokens, **where), labels, "none")
 
-    def _losses(self, tokens: Tensor, labels: Tensor, reduction: str, **where: Any) -> Tensor:
-        return self.hidden_losses(self(tokens, **where), labels, reduction)
+    def hidden_losses(
+        self, hidden: Tensor, labels: Tensor, reduction: str, grad_scale: Tensor | None = None
+    ) -> Tensor:
+        """Cross-entropies (nats) of final hidden states [..., H]: their sum ("sum") or all of them ("none", [T]).
 
-    def hidden_losses(self, hidden: Tensor, labels: Tensor, reduction: str) -> Tensor:
-        """Cross-entropies (nats) of final hidden states [..., H]: their sum ("sum") or all of them ("none", [T])."""
+        `grad_scale` as in `loss`.
+        """
         packed = labels.dim() == 1
         hidden, labels = hidden.flatten(0, -2), labels.flatten()
         output = self.output
         if self.split.axis.group is None:
-            return kernels.linear_cross_entropy(
-                hidden,
-                output.weight,
-                labels,
-                ignore_index=IGNORE_INDEX,
-                reduction=reduction,
-                valid_rows=output.valid_rows,
-            )
+            place: dict[str, Any] = {"ignore_index": IGNORE_INDEX, "valid_rows": output.valid_rows}
+            if reduction == "sum":
+                return head_loss(hidden, output.weight, labels, grad_scale=grad_scale, **place)
+            return kernels.linear_cross_entropy(hidden, output.weight, labels, reduction=reduction, **place)
         losses = vocab_parallel_losses(
             hidden,
             output.weight,

@@ -1,9 +1,11 @@
-"""Output head and cross-entropy with the vocabulary split over the tensor-parallel axis: one collective per pass.
+"""Output head and cross-entropy, whole or with the vocabulary split over the tensor-parallel axis.
 
-Each rank computes four numbers per token from its own rows of the head; one all-gather of them gives every rank the
-loss and the logsumexp of the whole vocabulary, from which it makes the gradient of its own rows. The backward pass
-sums the gradient of the hidden states. With sequence parallelism the hidden states are gathered in each pass too.
-In chunks of tokens, a gather or a sum hides behind the products of another chunk.
+A whole head's gradient is made with the loss, in the forward pass, and added to its main gradient there.
+
+Of a split one each rank computes four numbers per token from its own rows. One all-gather of them, the only collective
+of the pass, gives every rank the loss and the logsumexp of the whole vocabulary, from which it makes the gradient of
+its own rows. The backward pass sums the gradient of the hidden states. With sequence parallelism the hidden states are
+gathered in each pass too. In chunks of tokens, a gather or a sum hides behind the products of another chunk.
 """
 
 from __future__ import annotations
@@ -14,14 +16,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import megalite_kernels as kernels
 from megalite.parallel.chunked import gathered_chunks, spans
 from megalite.parallel.collectives import Work, all_gather, start_all_reduce, start_reduce_scatter, wait
+from megalite.parallel.gradients import GradientSink, get_sink
 from megalite.parallel.tensor import TensorSplit
 from megalite_kernels.ops.cross_entropy_local import cross_entropy_combine
 from megalite_kernels.ops.linear_cross_entropy_local import (
     linear_cross_entropy_local,
     linear_cross_entropy_local_grad,
 )
+
+
+def head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    valid_rows: int,
+    ignore_index: int,
+    grad_scale: Tensor | None = None,
+) -> Tensor:
+    """Sum of the cross-entropies (nats) of all tokens: fp32 scalar.
+
+    Args:
+        hidden: [T, H].
+        weight: [V, H]; rows beyond `valid_rows` are padding.
+        labels: [T] int64.
+        grad_scale: the gradient that the sum is going to get, where a backward pass follows and this is known. The
+            weight's gradient then goes into its sink, if it has one, at once.
+    """
+    sink = get_sink(weight) if grad_scale is not None and torch.is_grad_enabled() else None
+    loss = kernels.linear_cross_entropy(
+        hidden,
+        weight if sink is None else weight.detach(),
+        labels,
+        ignore_index=ignore_index,
+        reduction="sum",
+        valid_rows=valid_rows,
+        main_grad=None if sink is None else sink.main_grad,
+        grad_scale=grad_scale,
+    )
+    if sink is not None:
+        sink.added()
+    return loss
 
 
 def vocab_parallel_losses(
@@ -43,10 +81,12 @@ def vocab_parallel_losses(
         labels: [T] int64, all tokens.
         vocab_size: V without padding.
 
+    The weight's gradient goes into its sink, if it has one.
+
     Saved: hidden, labels, one float32 per token.
     """
     place = {"vocab_start": first_row, "valid_rows": valid_rows, "ignore_index": ignore_index}
-    return _Losses.apply(hidden, weight, labels, split, place, vocab_size)
+    return _Losses.apply(hidden, weight, labels, split, place, vocab_size, get_sink(weight))
 
 
 class _Losses(torch.autograd.Function):
@@ -59,6 +99,7 @@ class _Losses(torch.autograd.Function):
         split: TensorSplit,
         place: dict[str, Any],
         vocab_size: int,
+        sink: GradientSink | None,
     ) -> Tensor:
         stats = hidden.new_empty((4, *labels.shape), dtype=torch.promote_types(hidden.dtype, torch.float32))
         for part, rows in _chunks(hidden, split, split.chunks if split.sequence else 1):
@@ -68,7 +109,7 @@ class _Losses(torch.autograd.Function):
         ignore = place["ignore_index"]
         loss, lse = cross_entropy_combine(every, labels, vocab_size=vocab_size, ignore_index=ignore)
         ctx.save_for_backward(hidden, weight, labels, lse)
-        ctx.split, ctx.options = split, {**place, "vocab_size": vocab_size}
+        ctx.split, ctx.sink, ctx.options = split, sink, {**place, "vocab_size": vocab_size}
         return loss
 
     @staticmethod
@@ -76,7 +117,9 @@ class _Losses(torch.autograd.Function):
         """The sum of a chunk's dx hides behind the next chunk's products."""
         hidden, weight, labels, lse = ctx.saved_tensors
         split = ctx.split
-        total = torch.zeros_like(weight, dtype=lse.dtype) if split.chunks > 1 else None
+        total = ctx.sink.main_grad if ctx.sink is not None else None
+        if total is None and split.chunks > 1:
+            total = torch.zeros_like(weight, dtype=lse.dtype)
         summed: list[tuple[Tensor, Work]] = []
         for part, rows in _chunks(hidden, split, split.chunks):
             of_tokens = (_select(x, part, split).flatten().contiguous() for x in (labels, lse, dloss))
@@ -84,12 +127,14 @@ class _Losses(torch.autograd.Function):
                 rows, weight, *of_tokens, main_grad=total, **ctx.options
             )
             summed.append(_start_sum(dx, split))
-        if total is not None:
+        if ctx.sink is not None:
+            ctx.sink.added()
+        elif total is not None:
             dweight = total.to(weight.dtype)
         for _, work in summed:
             wait(work)
         dx = summed[0][0] if len(summed) == 1 else torch.cat([part for part, _ in summed])
-        return dx, dweight, *(None for _ in range(4))
+        return dx, dweight, *(None for _ in range(5))
 
 
 def _chunks(hidden: Tensor, split: TensorSplit, chunks: int) -> Iterator[tuple[slice, Tensor]]:

@@ -22,6 +22,7 @@ from megalite.parallel.chunked import gather_product, product_scatter, product_s
 from megalite.parallel.collectives import reduce_from, reduce_scatter_to, start_all_gather, wait
 from megalite.parallel.gradients import GradientSink, add_weight_gradient, get_sink
 from megalite.parallel.mesh import ALONE, Axis
+from megalite_kernels.ops.embedding import accumulate_embedding_gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +174,27 @@ class _RowLinear(torch.autograd.Function):
         return dx.view(x.shape), add_weight_gradient(ctx.sink, whole, x), None, None
 
 
+def embedding_rows(ids: Tensor, weight: Tensor) -> Tensor:
+    """`weight[ids]`, whose gradient goes into the weight's sink where it has one."""
+    sink = get_sink(weight)
+    return kernels.embedding(ids, weight) if sink is None else _SinkEmbedding.apply(ids, weight, sink)
+
+
+class _SinkEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, sink: GradientSink) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.sink = sink
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, None, None]:
+        (ids,) = ctx.saved_tensors
+        accumulate_embedding_gradient(dy, ids, ctx.sink.main_grad)
+        ctx.sink.added()
+        return None, None, None
+
+
 def vocab_embedding(ids: Tensor, weight: Tensor, first_row: int, split: TensorSplit) -> Tensor:
     """Rows of a matrix whose rows are split over the ranks.
 
@@ -184,9 +206,9 @@ def vocab_embedding(ids: Tensor, weight: Tensor, first_row: int, split: TensorSp
         [..., H]; with `split.sequence` this rank's tokens [T / tp, H].
     """
     if split.axis.group is None:
-        return kernels.embedding(ids, weight)
+        return embedding_rows(ids, weight)
     local = ids - first_row
     here = (local >= 0) & (local < weight.shape[0])
-    rows = kernels.embedding(torch.where(here, local, 0), weight)
+    rows = embedding_rows(torch.where(here, local, 0), weight)
     part = rows.masked_fill(~here.unsqueeze(-1), 0.0)  # other ranks' tokens: zeros, and no gradient
     return reduce_scatter_to(part, split.axis) if split.sequence else reduce_from(part, split.axis)

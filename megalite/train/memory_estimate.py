@@ -12,15 +12,17 @@ the optimizer's state (dp_shard · cp; 1 with zero=0):
                       first stage, tp > 1   9 bytes per token (local ids, mask)
                       stage not the last    T' · H · e, its output, which the engine keeps
                       last stage            the final norm's T' · (H · e + s · w), and of the loss
-                                            tp = 1: dx T · H · e and dweight V · H · w, made in the forward pass;
+                                            tp = 1: dx T · H · e, made in the forward pass, and with zero=3 dweight
+                                            V · H · w, which elsewhere is added to the gradients there;
                                             tp > 1: T' · H · e hidden states and T · w log-sum-exps
     pipeline        T' · H · e for each stage that receives activations, and for each that receives gradients: what
                     is on its way (looped_bfs posts the receives of a whole step: as much for each micro-batch)
     communication   grad_reduce_dtype="bf16": two buckets on their way, sent and received; fp32 travels in place
-    workspace       the largest of: the loss (a chunk of logits; with tp > 1 also tokens, dx and a gradient of V / tp
-                    rows); the backward pass of one layer (gradients of T · (3f + 2H), a fully recomputed layer's
-                    activations) less what the loss has given back by then; the embedding's gradient, less all
-                    activations of that micro-batch. A tied matrix's gradient waits from the loss to the embedding.
+    workspace       the largest of: the loss (a chunk of logits; with tp > 1 also tokens and dx); the backward pass of
+                    one layer (gradients of T · (3f + 2H), a fully recomputed layer's activations) less what the loss
+                    has given back by then. With zero=3 the loss also makes a gradient of V / tp rows, which waits for
+                    the embedding's where the matrix is tied; and the embedding's gradient is the largest where it is
+                    larger than all activations of that micro-batch.
 
 P of a layer is (n + 2k) D H + n D H + (2 or 1) f H + f H with biases and norms; V is padded to a multiple that tp
 divides. Between the I and the W pass of a zero-bubble schedule a stage keeps the factors of its layers' weight
@@ -79,6 +81,11 @@ class Job:
     def stages(self) -> StagePlan:
         """Where the layers are."""
         return plan_stages(self.model, self.parallel, self.seq_length or self.tokens)
+
+    @property
+    def adds_in_place(self) -> bool:
+        """Products of gradients are added to main gradients: not where zero=3 divides them between passes."""
+        return self.parallel.zero != 3 or self.state_ranks == 1
 
     @property
     def state_ranks(self) -> int:
@@ -237,17 +244,18 @@ def _stage_bytes(job: Job, plan: StagePlan, stage: int, choices: Mapping[int, Re
         size += tokens * model.size_per_head * share.wide
     if not stage and share.tp > 1:
         size += 9 * tokens
-    return size + (loss_bytes(model, share) if stage == plan.num_stages - 1 else stream)
+    return size + (loss_bytes(job) if stage == plan.num_stages - 1 else stream)
 
 
-def loss_bytes(model: ModelConfig, share: Share) -> int:
+def loss_bytes(job: Job) -> int:
     """What final norm and loss keep of one micro-batch."""
+    model, share = job.model, job.share
     statistics = (1 if model.norm == "rms" else 2) * share.wide
     stream = share.stream_tokens * model.hidden_size * share.itemsize
     kept = stream + share.stream_tokens * statistics
     if share.tp > 1:
         return kept + stream + share.tokens * share.wide
-    gradient = vocabulary_rows(model) * model.hidden_size * share.wide
+    gradient = 0 if job.adds_in_place else vocabulary_rows(model) * model.hidden_size * share.wide
     return kept + share.tokens * model.hidden_size * share.itemsize + gradient
 
 
@@ -308,8 +316,9 @@ def _workspace(job: Job, first: int | None, last: bool, full: bool) -> int:
     """Bytes on top of what is kept; `first` is what the first stage keeps of a micro-batch, if it is here."""
     share, model = job.share, job.model
     gradient = vocabulary_rows(model, share.tp) * model.hidden_size * share.itemsize
+    gradient = 0 if job.adds_in_place else gradient
     tied = gradient if model.tie_word_embeddings and first is not None and last else 0
-    layer = _layer_workspace(job, full) + tied - (loss_bytes(model, share) if last else 0)
+    layer = _layer_workspace(job, full) + tied - (loss_bytes(job) if last else 0)
     embedding = 0 if first is None else gradient + tied - first
     return max(0, layer, embedding, _loss_workspace(job, gradient) if last else 0)
 
@@ -333,4 +342,5 @@ def _loss_workspace(job: Job, gradient: int) -> int:
         return max(chunk, gradient if narrow else 0)
     # The gathered tokens, dx of all tokens, and the gradient in fp32 and narrow.
     whole = share.tokens * model.hidden_size * share.itemsize
-    return chunk + 2 * whole + rows * model.hidden_size * share.wide + (gradient if narrow else 0)
+    wide = 0 if job.adds_in_place else rows * model.hidden_size * share.wide
+    return chunk + 2 * whole + wide + (gradient if narrow else 0)

@@ -90,7 +90,7 @@ class Replica:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for batch in batches:
             tokens, labels, where = self._inputs(batch)
-            loss = self.model.loss(tokens, labels, **where)
+            loss = self.model.loss(tokens, labels, **where, grad_scale=scale)
             mark("forward")
             (loss * scale).backward()
             loss_sum += loss.detach()

@@ -219,6 +219,47 @@ def test_linear_adds_into_the_main_gradient(reduction: str, backend: str) -> Non
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_a_gradient_known_beforehand_is_in_what_the_forward_makes(
+    reduction: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_chunks(monkeypatch)
+    x, weight, bias, target = (
+        random(41, 16).requires_grad_(),
+        random(50, 16, seed=1).requires_grad_(),
+        random(50, seed=2).requires_grad_(),
+        targets(41, 50),
+    )
+    scale, main_grad = torch.tensor(0.37), torch.ones(50, 16)
+    with mk.use_backend(backend):
+        plain = mk.linear_cross_entropy(x, weight, target, bias=bias, reduction=reduction)
+        expected = torch.autograd.grad(scale * plain, (x, weight, bias))
+        known = {"bias": bias, "reduction": reduction, "grad_scale": scale}
+        loss = mk.linear_cross_entropy(x, weight, target, **known)
+        torch.testing.assert_close(torch.autograd.grad(scale * loss, (x, weight, bias)), expected)
+        loss = mk.linear_cross_entropy(x, weight, target, **known, main_grad=main_grad)
+        torch.testing.assert_close(main_grad, 1 + expected[1])  # in the forward
+        (scale * loss).backward()
+    assert torch.equal(loss, plain)
+    assert weight.grad is None
+    torch.testing.assert_close(main_grad, 1 + expected[1])  # once
+    torch.testing.assert_close((x.grad, bias.grad), expected[::2])
+
+
+def test_another_gradient_than_the_one_known_beforehand_is_refused() -> None:
+    x, weight, target = random(4, 8).requires_grad_(), random(9, 8, seed=1), targets(4, 9)
+    loss = mk.linear_cross_entropy(x, weight, target, grad_scale=torch.tensor(0.5))
+    with pytest.raises(RuntimeError, match="the loss gets another gradient than its grad_scale"):
+        loss.backward()
+    with pytest.raises(ValueError, match='grad_scale is of a scalar loss: pass reduction="sum" or "mean"'):
+        mk.linear_cross_entropy(x, weight, target, reduction="none", grad_scale=torch.tensor(0.5))
+    with pytest.raises(
+        ValueError, match=r"grad_scale is torch.float32 of shape \[4\]: pass a floating-point scalar"
+    ):
+        mk.linear_cross_entropy(x, weight, target, grad_scale=torch.ones(4))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 def test_a_main_gradient_may_be_a_view(reduction: str, dtype: torch.dtype, backend: str) -> None:

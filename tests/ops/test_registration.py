@@ -53,6 +53,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "cross_entropy_local_bwd_": (X.clone(), TARGET, torch.ones(6), torch.ones(6), *SHARD, *LOSS),
     "linear_cross_entropy_fwd": (*HEAD, 14, *LOSS),
     "linear_cross_entropy_grad": (*HEAD[:2], None, TARGET % 6, torch.ones(6), 16, *LOSS),
+    "linear_cross_entropy_grad_": (*HEAD[:2], None, TARGET % 6, torch.ones(6), torch.zeros(16, 16), 16, *LOSS),
     "linear_cross_entropy_local_fwd": (*HEAD, 8, 13, *LOSS),
     "linear_cross_entropy_bwd": (*HEAD, torch.ones(6), torch.ones(()), *SHARD, *LOSS),
     "linear_cross_entropy_bwd_": (
@@ -230,3 +231,23 @@ def test_main_gradients_compile_and_recompute(name: str) -> None:
         assert other_dx is not None
         assert torch.equal(dx, other_dx)
         assert torch.equal(main_grad, other_main_grad)
+
+
+def test_a_gradient_known_beforehand_compiles() -> None:
+    """The weight's gradient goes into main_grad in the forward, once, and to the same bits as eager."""
+
+    def step(x: Tensor, weight: Tensor, main_grad: Tensor, scale: Tensor) -> Tensor:
+        loss = mk.linear_cross_entropy(
+            x, weight, TARGET, reduction="sum", main_grad=main_grad, grad_scale=scale
+        )
+        return loss * scale
+
+    torch.compiler.reset()
+    found = []
+    for call in (torch.compile(step, fullgraph=True, backend="aot_eager"), step):
+        x, main_grad = X.clone().requires_grad_(), torch.ones(16, 16)
+        call(x, random(16, 16), main_grad, torch.tensor(0.3)).backward()
+        found.append((x.grad, main_grad))
+    for ours, eager in zip(*found, strict=True):
+        assert torch.equal(ours, eager)
+    assert not torch.equal(found[0][1], torch.ones(16, 16))

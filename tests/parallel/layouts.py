@@ -83,7 +83,9 @@ def one_process(config: ModelConfig, dtype: torch.dtype, batches: list[MicroBatc
     return Outcome(float(total.detach()), norm, gradients)
 
 
-def loss_of(model: Transformer, batch: MicroBatch, sequence: ContextSplit | None) -> Tensor:
+def loss_of(
+    model: Transformer, batch: MicroBatch, sequence: ContextSplit | None, grad_scale: Tensor | None = None
+) -> Tensor:
     """Summed loss of a batch, or of this rank's part of it."""
     return model.loss(
         batch.tokens,
@@ -92,6 +94,7 @@ def loss_of(model: Transformer, batch: MicroBatch, sequence: ContextSplit | None
         cu_seqlens=batch.cu_seqlens,
         max_seqlen=batch.max_seqlen,
         sequence=sequence,
+        grad_scale=grad_scale,
     )
 
 

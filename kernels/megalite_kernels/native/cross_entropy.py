@@ -93,6 +93,11 @@ def linear_grads(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return plan.grads(*args, row_kernel=grad_, add_product=_add_product_)
 
 
+def linear_grads_(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Backend "cpu" of `linear_cross_entropy_grad_`."""
+    return plan.grads_into(*args, row_kernel=grad_, add_product=_add_product_)
+
+
 def linear_stats(*args: Any) -> Tensor:
     """Backend "cpu" of `linear_cross_entropy_local_fwd`."""
     return plan.shard_stats(*args, row_kernel=_stats)

@@ -68,6 +68,17 @@ for _op, _name, _supports in (
     )
 
 
+def accumulate_embedding_gradient(dy: Tensor, ids: Tensor, main_grad: Tensor) -> None:
+    """Add the gradient of `weight[ids]` into `main_grad`: what the backward of `embedding(main_grad=...)` does.
+
+    Args:
+        dy: [..., H].
+        ids: [...] int64.
+        main_grad: [V, H] fp32, or like dy.
+    """
+    _backward_(dy.reshape(-1, dy.shape[-1]).contiguous(), ids.reshape(-1), main_grad)
+
+
 class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight: Tensor, main_grad: Tensor | None) -> Tensor:
@@ -78,8 +89,8 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor | None, None]:
         (ids,) = ctx.saved_tensors
-        flat, tokens = dy.reshape(-1, dy.shape[-1]).contiguous(), ids.reshape(-1)
         if ctx.main_grad is None:
-            return None, _backward(flat, tokens, ctx.num_embeddings), None
-        _backward_(flat, tokens, ctx.main_grad)
+            flat = dy.reshape(-1, dy.shape[-1]).contiguous()
+            return None, _backward(flat, ids.reshape(-1), ctx.num_embeddings), None
+        accumulate_embedding_gradient(dy, ids, ctx.main_grad)
         return None, None, None

@@ -43,13 +43,13 @@ def linear_cross_entropy(
     reduction: str = "mean",
     valid_rows: int | None = None,
     main_grad: Tensor | None = None,
+    grad_scale: Tensor | None = None,
 ) -> Tensor:
     """`cross_entropy(x @ weight.T + bias, target)`, chunked over tokens.
 
     With a scalar reduction the gradients are made during the forward (6 T H V operations in all). The backward
-    multiplies them by its incoming gradient while it writes them out, so that costs no pass of its own; eager on
-    the CPU, a gradient that needs neither is handed on as it is. With "none" the backward makes the logits
-    again (8 T H V).
+    multiplies them by its incoming gradient while it writes them out; eager on the CPU, a gradient that needs
+    neither is handed on as it is. With "none" the backward makes the logits again (8 T H V).
 
     Args:
         x: [..., H], bf16, fp16, fp32 or fp64.
@@ -60,32 +60,52 @@ def linear_cross_entropy(
         valid_rows: rows of weight that are classes, those after them being padding without part in the loss, and
             with zero gradients; None: all. Cheaper than a slice of the weight, whose gradient autograd copies
             into a padded one.
-        main_grad: [V, H] fp32; if given, the weight's gradient is added into it in the backward and `weight`
-            itself gets none.
+        main_grad: [V, H] fp32; if given, the backward adds the weight's gradient into it, and `weight` gets none.
+        grad_scale: the gradient that a scalar loss is going to get, a scalar, where that is known beforehand (one
+            over the labels of all micro-batches). Gradients are made with it, and `main_grad` gets the weight's
+            in the *forward*, so that none of V rows lies beside it. A forward with it must be followed by one
+            backward of exactly this gradient, and not be run again by that.
 
     Returns:
         fp32 (fp64 for fp64 inputs): a scalar, or [...] for "none".
 
     Raises:
         ValueError: shapes, dtypes, devices or an option is out of its range.
+        RuntimeError: in the backward, if the gradient is another than `grad_scale` (on a GPU asynchronously).
 
-    Saved: scalar reductions: dx like x, dweight [V, H] fp32; "none": x, weight, target.
+    Saved: scalar reductions: dx, and dweight [V, H] fp32 unless the forward added it; "none": x, weight, target.
     """
     check_head(x, weight, bias, target)
     checks.require_option(reduction, ("none", "sum", "mean"), "reduction")
     options = loss_options(ignore_index, label_smoothing, z_loss, softcap)
     valid = shard_of(0, valid_rows, None, weight.shape[0], "rows of weight").valid_rows
-    if main_grad is not None:
-        check_main_grad(main_grad, weight)
+    _check_gradients(main_grad, grad_scale, weight, reduction)
     flat, flat_target = x.reshape(-1, x.shape[-1]), target.reshape(-1)
     wide = wide_dtype(x)
     one = torch.ones((), dtype=wide, device=x.device)
     scale = mean_scale(flat_target, ignore_index, wide) if reduction == "mean" else one
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if needs_grad and reduction != "none":
-        return _ReducedLoss.apply(flat, weight, bias, flat_target, scale, main_grad, valid, *options)
+        scales = (scale, grad_scale)
+        return _ReducedLoss.apply(flat, weight, bias, flat_target, *scales, main_grad, valid, *options)
     loss = _TokenLosses.apply(flat, weight, bias, flat_target, main_grad, valid, *options)
     return loss.view(target.shape) if reduction == "none" else loss.sum() * scale
+
+
+def _check_gradients(
+    main_grad: Tensor | None, grad_scale: Tensor | None, weight: Tensor, reduction: str
+) -> None:
+    if main_grad is not None:
+        check_main_grad(main_grad, weight)
+    if grad_scale is None:
+        return
+    if reduction == "none":
+        raise ValueError('grad_scale is of a scalar loss: pass reduction="sum" or "mean", or leave it out')
+    if grad_scale.dim() or not grad_scale.is_floating_point():
+        raise ValueError(
+            f"grad_scale is {grad_scale.dtype} of shape {list(grad_scale.shape)}: pass a floating-point scalar"
+        )
+    checks.require_same_device(grad_scale, weight, "grad_scale", "weight")
 
 
 def reference_losses(*args: Any) -> tuple[Tensor, Tensor]:
@@ -96,6 +116,11 @@ def reference_losses(*args: Any) -> tuple[Tensor, Tensor]:
 def reference_grads(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Reference of `linear_cross_entropy_grad`."""
     return plan.grads(*args, row_kernel=reference_grad_)
+
+
+def reference_grads_(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Reference of `linear_cross_entropy_grad_`."""
+    return plan.grads_into(*args, row_kernel=reference_grad_)
 
 
 def reference_scaled_copy(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -113,6 +138,11 @@ _grads = define(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     fake=lambda x, weight, bias, *rest: (_per_token(x), *fake_grads(x, weight, bias)),
 )
+_grads_ = define(
+    f"linear_cross_entropy_grad_({HEAD_SCHEMA}, Tensor scale, Tensor(a!) main_grad, int valid_rows, {OPTIONS_SCHEMA})"
+    " -> (Tensor, Tensor, Tensor)",
+    fake=lambda x, weight, bias, *rest: (_per_token(x), *fake_grads(x, weight, bias)[::2]),
+)
 # x * scale in another dtype: the last step of a gradient that was made before the incoming one was known.
 _scaled_copy = define(
     "scaled_copy(Tensor x, Tensor scale, ScalarType dtype) -> Tensor",
@@ -122,6 +152,9 @@ register_backends(
     "linear_cross_entropy_fwd", reference_losses, "linear_losses", "linear_cross_entropy:losses"
 )
 register_backends("linear_cross_entropy_grad", reference_grads, "linear_grads", "linear_cross_entropy:grads")
+register_backends(
+    "linear_cross_entropy_grad_", reference_grads_, "linear_grads_", "linear_cross_entropy:grads_"
+)
 register_backends("scaled_copy", reference_scaled_copy, "scaled_copy", "linear_cross_entropy:scaled_copy")
 
 
@@ -145,28 +178,37 @@ class _ReducedLoss(torch.autograd.Function):
         bias: Tensor | None,
         target: Tensor,
         scale: Tensor,
+        grad_scale: Tensor | None,
         main_grad: Tensor | None,
         valid_rows: int,
         *options: Any,
     ) -> Tensor:
         x, weight, target = x.contiguous(), weight.contiguous(), target.contiguous()
-        loss, dx, dweight, dbias = _grads(x, weight, bias, target, scale, valid_rows, *options)
-        ctx.save_for_backward(dx, dweight, dbias)
+        inputs = (x, weight, bias, target, scale if grad_scale is None else scale * grad_scale)
+        dweight = None
+        if grad_scale is None or main_grad is None:
+            loss, dx, dweight, dbias = _grads(*inputs, valid_rows, *options)
+        else:
+            loss, dx, dbias = _grads_(*inputs, main_grad, valid_rows, *options)
+        ctx.save_for_backward(dx, dweight, dbias, grad_scale)
         ctx.main_grad, ctx.has_bias, ctx.dtype = main_grad, bias is not None, weight.dtype
         ctx.num_options = len(options)
         return loss.sum() * scale
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dweight, dbias = ctx.saved_tensors
+        dx, dweight, dbias, grad_scale = ctx.saved_tensors
+        if grad_scale is not None:
+            torch._assert_async(dloss == grad_scale, "the loss gets another gradient than its grad_scale")
+            dloss = torch.ones_like(dloss)
         dx = _times(dx, dloss, dx.dtype)
         dbias = _times(dbias, dloss, ctx.dtype) if ctx.has_bias else None
         weight_grad = None
         if ctx.main_grad is None:
             weight_grad = _times(dweight, dloss, ctx.dtype)
-        else:
+        elif dweight is not None:
             ctx.main_grad.addcmul_(dweight.to(ctx.main_grad.dtype), dloss.to(ctx.main_grad.dtype))
-        return dx, weight_grad, dbias, None, None, None, None, *(None for _ in range(ctx.num_options))
+        return dx, weight_grad, dbias, *(None for _ in range(5 + ctx.num_options))
 
 
 class _TokenLosses(torch.autograd.Function):

@@ -129,18 +129,37 @@ def grads(
     *options: Any,
     row_kernel: RowKernel,
     add_product: AddProduct | None = None,
+    main_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss [T], dx like x, dweight [rows, H] and dbias [rows] in the wide dtype; dbias is empty without a bias).
 
     The gradients are those of `sum(scale * loss)`, scale being a scalar or [T]; the row kernel is of the kind
-    `loss_and_grad`, add_product is `add_product_` or something faster.
+    `loss_and_grad`, add_product is `add_product_` or something faster. With `main_grad` dweight is that tensor,
+    added into.
     """
     loss = x.new_empty(x.shape[0], dtype=wide_dtype(x))
-    sums = _Gradients(x, weight, bias, valid_rows, None, add_product or add_product_)
+    sums = _Gradients(x, weight, bias, valid_rows, main_grad, add_product or add_product_)
     for part, logits in _chunks(x, weight, bias, valid_rows):
         loss[part] = row_kernel(logits, target[part], _rows_of(scale, part), *options)[0]
         sums.add(part, logits)
     return loss, sums.dx, sums.dweight, sums.dbias
+
+
+def grads_into(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    scale: Tensor,
+    main_grad: Tensor,
+    *rest: Any,
+    row_kernel: RowKernel,
+    add_product: AddProduct | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, dx, dbias) as `grads`; the weight's gradient is added into `main_grad`."""
+    kernels: dict[str, Any] = {"row_kernel": row_kernel, "add_product": add_product}
+    loss, dx, _, dbias = grads(x, weight, bias, target, scale, *rest, **kernels, main_grad=main_grad)
+    return loss, dx, dbias
 
 
 def shard_grads(

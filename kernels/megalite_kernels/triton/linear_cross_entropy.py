@@ -32,6 +32,11 @@ def grads(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return plan.grads(*args, row_kernel=rows.grad_, add_product=add_product_)
 
 
+def grads_(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Backend "triton" of `linear_cross_entropy_grad_`."""
+    return plan.grads_into(*args, row_kernel=rows.grad_, add_product=add_product_)
+
+
 def shard_stats(*args: Any) -> Tensor:
     """Backend "triton" of `linear_cross_entropy_local_fwd`."""
     return plan.shard_stats(*args, row_kernel=rows.stats)
