@@ -139,9 +139,18 @@ void attention_backward(DType dtype, Strided dout, const float* dlse, Strided q,
                         const float* lse, void* dq, void* dk, void* dv, float* dsinks, AttentionShape shape,
                         int threads);
 
-// main_grad [out, in] += dy^T x for dy [tokens, out] and x [tokens, in], whose rows are a stride apart. Float sums.
-void linear_weight_grad(DType dtype, const void* dy, int64_t dy_stride, const void* x, int64_t x_stride,
-                        float* main_grad, int64_t tokens, int64_t out, int64_t in, int threads);
+// [rows, inner] where `inner_last`, else [inner, rows]; memory's rows are `stride` apart.
+struct Factor {
+  const void* data;
+  int64_t stride;
+  bool inner_last;
+};
+
+// out [left rows, right rows] = left right^T + bias (may be null), or with `add` (out is float) out += left right^T.
+// Float sums over the whole inner dimension, in an order that depends on its size alone: the same bits for any number
+// of threads. Out is float or like the factors, the bias like out; inner is at least 1.
+void gemm(DType dtype, Factor left, Factor right, const void* bias, DType out_dtype, void* out, int64_t out_stride,
+          bool add, int64_t rows, int64_t cols, int64_t inner, int threads);
 
 // Whether this CPU multiplies bf16 matrices by tiles (AMX), which the kernels here don't.
 bool has_matrix_unit();

@@ -243,13 +243,18 @@ void bind_attention(py::module_& m) {
       Release());
 }
 
+// (address, stride, inner_last)
+using FactorTuple = std::tuple<Address, int64_t, bool>;
+
+megalite::Factor factor(const FactorTuple& t) { return {at(std::get<0>(t)), std::get<1>(t), std::get<2>(t)}; }
+
 void bind_linear(py::module_& m) {
   m.def(
-      "linear_weight_grad",
-      [](int dtype, Address dy, int64_t dy_stride, Address x, int64_t x_stride, Address main_grad, int64_t tokens,
-         int64_t out, int64_t in, int threads) {
-        megalite::linear_weight_grad(DType(dtype), at(dy), dy_stride, at(x), x_stride, at<float>(main_grad), tokens,
-                                     out, in, threads);
+      "gemm",
+      [](int dtype, const FactorTuple& left, const FactorTuple& right, Address bias, int out_dtype, Address out,
+         int64_t out_stride, bool add, int64_t rows, int64_t cols, int64_t inner, int threads) {
+        megalite::gemm(DType(dtype), factor(left), factor(right), at(bias), DType(out_dtype), at(out), out_stride, add,
+                       rows, cols, inner, threads);
       },
       Release());
   m.def("has_matrix_unit", &megalite::has_matrix_unit, "Whether this CPU multiplies bf16 matrices by tiles (AMX).");

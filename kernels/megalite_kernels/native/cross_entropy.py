@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megalite_kernels import _C
 from megalite_kernels.native.common import DTYPES, address, threads
-from megalite_kernels.native.linear import accumulate_
+from megalite_kernels.native.linear import multiply_
 from megalite_kernels.reference import linear_cross_entropy as plan
 
 
@@ -131,9 +131,7 @@ def _add_product_(total: Tensor, dlogits: Tensor, x: Tensor, *, first: bool) -> 
     if by_torch or not total.is_contiguous():
         plan.add_product_(total, dlogits, x, first=first)
         return
-    if first:
-        total.zero_()
-    accumulate_(dlogits, x, total)
+    multiply_(total, dlogits.t(), x, add=not first)
 
 
 def _stats(logits: Tensor, target: Tensor, start: int, *options: Any) -> Tensor:

@@ -1,0 +1,132 @@
+// out (+)= left right^T, whatever side the factors' inner dimension is on: that only changes how they are packed. The
+// right factor becomes panels a few vectors wide, [panel][word][lane], which the second cache feeds to the tile; the
+// left one is read where it stands, a word for all lanes at a time, if its inner elements are side by side. Source:
+// Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008.
+#include "gemm.h"
+
+#include <memory>
+#include <type_traits>
+
+#define MEGALITE_KERNELS "gemm.inc"
+#include "foreach_isa.h"
+
+#if MEGALITE_X86
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
+namespace megalite::bf16_pairs {
+#define ISA_NAMESPACE bf16_pairs
+#define LANES 16
+#define MEGALITE_VECTOR_BF16 1
+#define MEGALITE_PAIRS
+#include "vec.inc"
+//
+#include "gemm.inc"
+#undef MEGALITE_PAIRS
+#undef MEGALITE_VECTOR_BF16
+#undef LANES
+#undef ISA_NAMESPACE
+}  // namespace megalite::bf16_pairs
+#pragma GCC pop_options
+#endif
+
+namespace megalite {
+
+namespace {
+
+constexpr int64_t kWords = 1536;            // of the inner dimension: with 64 columns a panel of 384 KB
+constexpr int64_t kNearWords = 96 * 1024;   // 384 KB: with a panel in the second cache
+constexpr int64_t kFarWords = 1024 * 1024;  // 4 MB, in the last cache
+constexpr int64_t kSumRows = 4096;          // for which sums wait at once
+
+int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
+
+// Parts of the rows and of the columns.
+struct Grid {
+  int rows, cols;
+};
+
+// The cut with the least work for the slowest thread: tiles it computes, words it packs (about as long as six
+// multiplications each).
+Grid cut(const Product& a, const GemmSizes& sizes, int threads) {
+  const int64_t strips = divide_up(a.rows, sizes.rows), panels = divide_up(a.cols, sizes.cols);
+  Grid best{1, 1};
+  int64_t least = std::numeric_limits<int64_t>::max();
+  for (int rows = 1; rows <= threads; ++rows) {
+    if (threads % rows != 0) continue;
+    const int64_t r = divide_up(strips, rows) * sizes.rows, c = divide_up(panels, threads / rows) * sizes.cols;
+    const int64_t work = r * c + 6 * (c + (a.left.inner_last ? 0 : r));
+    if (work >= least) continue;
+    least = work;
+    best = {rows, threads / rows};
+  }
+  return best;
+}
+
+using Part = void (*)(const Product&, const Span&, const Span&, const GemmBlocks&, const GemmScratch&);
+
+void run(const Product& a, int threads, const GemmSizes& sizes, Part part) {
+  // 32 multiplications take about as long as an element elsewhere.
+  const Grid grid = cut(a, sizes, parts_for(a.rows * a.cols / 32 * std::max<int64_t>(a.inner, 1), threads));
+  const int64_t words = divide_up(a.inner, sizes.inner);
+  const int64_t strips = divide_up(a.rows, sizes.rows), panels = divide_up(a.cols, sizes.cols);
+  GemmBlocks blocks;
+  blocks.words = divide_up(words, divide_up(words, kWords));
+  const int64_t most_cols = divide_up(panels, grid.cols) * sizes.cols;
+  const int64_t most_rows = divide_up(strips, grid.rows) * sizes.rows;
+  const auto fitting = [&](int64_t most, int64_t unit) { return std::max(unit, most / blocks.words / unit * unit); };
+  blocks.rows = std::min(most_rows, !a.direct              ? fitting(kFarWords, sizes.rows)
+                                    : blocks.words < words ? round_up(kSumRows, sizes.rows)
+                                                           : most_rows);
+  blocks.near_rows = fitting(kNearWords, sizes.rows);
+  blocks.cols = std::min(most_cols, fitting(kFarWords, sizes.cols));
+  const int64_t left = a.direct ? 0 : round_up(blocks.rows * (blocks.words + 32), 1024);
+  const int64_t right = round_up(blocks.cols * (blocks.words + 8), 1024);
+  const int64_t sums = blocks.words < words ? blocks.rows * most_cols : 0;
+  parallel_ranges(grid.rows * grid.cols, grid.rows * grid.cols, [&](int index, int64_t, int64_t) {
+    const auto range = [&](int64_t items, int64_t i, int64_t n, int64_t unit, int64_t end) {
+      return Span{std::min(end, items * i / n * unit), std::min(end, items * (i + 1) / n * unit)};
+    };
+    const Span rows = range(strips, index / grid.cols, grid.rows, sizes.rows, a.rows);
+    const Span cols = range(panels, index % grid.cols, grid.cols, sizes.cols, a.cols);
+    const std::unique_ptr<uint32_t[]> memory(new uint32_t[left + right + sums + 1024]);
+    uint32_t* start = memory.get() + (4096 - reinterpret_cast<uintptr_t>(memory.get()) % 4096) / sizeof(uint32_t);
+    part(a, rows, cols, blocks, {start, start + left, start + left + right});
+  });
+}
+
+// Two neighbours in memory are a word, if no word is cut.
+Product pairs(Product a) {
+  a.direct = a.left.inner_last && a.inner % 2 == 0 && a.left.stride % 2 == 0;
+  return a;
+}
+
+}  // namespace
+
+void gemm(DType dtype, Factor left, Factor right, const void* bias, DType out_dtype, void* out, int64_t out_stride,
+          bool add, int64_t rows, int64_t cols, int64_t inner, int threads) {
+  if (rows == 0 || cols == 0) return;
+  const Product product{left, right, bias, out,   out_stride,
+                        add,  rows,  cols, inner, dtype == DType::float32 && left.inner_last};
+  const bool to_float = out_dtype == DType::float32;
+#if MEGALITE_X86
+  if (dtype == DType::bfloat16 && isa() == Isa::avx512_bf16)
+    return run(pairs(product), threads, bf16_pairs::gemm_sizes(),
+               to_float ? bf16_pairs::multiply_part<bf16, float> : bf16_pairs::multiply_part<bf16, bf16>);
+#endif
+  MEGALITE_WITH_TYPE(dtype, {
+    run(product, threads, MEGALITE_PICK(gemm_sizes()),
+        to_float ? MEGALITE_PICK(multiply_part<T, float>) : MEGALITE_PICK(multiply_part<T, T>));
+  });
+}
+
+bool has_matrix_unit() {
+#if MEGALITE_X86
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("amx-bf16");
+#else
+  return false;
+#endif
+}
+
+}  // namespace megalite

@@ -1,0 +1,57 @@
+// What gemm.cpp and gemm.inc share.
+#pragma once
+#include "common.h"
+
+namespace megalite {
+
+struct Product {
+  Factor left, right;
+  const void* bias;
+  void* out;
+  int64_t out_stride;
+  bool add;
+  int64_t rows, cols, inner;
+  bool direct;  // the left factor's own rows are rows of words
+};
+
+struct Span {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+// A tile in registers is `rows` x `cols`; a word holds `inner` elements of the inner dimension.
+struct GemmSizes {
+  int64_t rows, cols, inner;
+};
+
+// Memory of one thread, in words. Each part starts at a page.
+struct GemmScratch {
+  uint32_t *left, *right, *sums;
+};
+
+// How one thread cuts its part of the product.
+struct GemmBlocks {
+  int64_t words;      // of the inner dimension, the most at once
+  int64_t rows;       // of the left factor packed at once
+  int64_t near_rows;  // of the left factor in the second cache
+  int64_t cols;       // of the right factor packed at once
+};
+
+// A span as pieces of `size`, the last one smaller.
+struct Pieces {
+  struct Iterator {
+    Span left;
+    int64_t size;
+    Span operator*() const { return {left.begin, std::min(left.end, left.begin + size)}; }
+    void operator++() { left.begin += size; }
+    bool operator!=(const Iterator&) const { return left.begin < left.end; }
+  };
+  Span span;
+  int64_t size;
+  Iterator begin() const { return {span, size}; }
+  Iterator end() const { return {span, size}; }
+};
+
+inline Pieces pieces(Span span, int64_t size) { return {span, size}; }
+
+}  // namespace megalite
