@@ -71,6 +71,10 @@ bench-kernels: setup ## time every kernel here against torch and torch.compile; 
 bench-tables: setup ## make the tables and plots of README from the records in benchmarks/results
 	@$(BIN)/python -m benchmarks.tables $(ARGS)
 
+.PHONY: bench-check
+bench-check: setup ## measure again, and compare with the records of the same kind of machine; about 5 minutes
+	@$(BIN)/python -m benchmarks.check $(ARGS)
+
 .PHONY: doctor
 doctor: setup ## check and time every op on this machine
 	@$(BIN)/megalite doctor $(ARGS)

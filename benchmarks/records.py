@@ -67,7 +67,7 @@ def read(path: Path) -> list[Record]:
         return [record for file in sorted(path.glob("*.jsonl")) for record in read(file)]
     if not path.exists():
         return []
-    found = []
+    found: list[Record] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
