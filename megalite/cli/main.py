@@ -19,6 +19,10 @@ COMMANDS = {
         "megalite.cli.plan",
         "what a configuration means on N processes: layout, idle time, traffic, memory",
     ),
+    "bench": (
+        "megalite.cli.bench",
+        "how fast a run trains here, and where its time goes: peak to MFU, part by part",
+    ),
     "replay": (
         "megalite.cli.replay",
         "repeat one step of a run and name the first thing in it that is not finite",

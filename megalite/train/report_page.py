@@ -20,6 +20,7 @@ from megalite.train.report_charts import elapsed_s
 from megalite.train.report_records import RunRecords, si
 from megalite.train.report_sections import duration, grouped, known, median, percent, section
 from megalite.train.report_svg import Chart
+from megalite.train.report_waterfall import waterfall
 from megalite.train.verdict import Verdict
 from megalite.train.verdict_signals import Signal, number
 
@@ -50,6 +51,7 @@ def render_page(run: RunRecords, verdict: Verdict, charts: Sequence[Chart]) -> s
         _charts(charts),
         sections_of.samples(run),
         sections_of.flops(run),
+        waterfall(run),
         sections_of.about(run),
         sections_of.events(run),
         sections_of.config(run),

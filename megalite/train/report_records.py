@@ -87,6 +87,8 @@ class RunRecords:
     result: dict[str, Any] = field(default_factory=dict)
     baselines: dict[str, Any] = field(default_factory=dict)
     overlap: dict[str, Any] = field(default_factory=dict)
+    waterfall: dict[str, Any] = field(default_factory=dict)
+    """As `megalite.train.waterfall_record.as_record` makes it, if `megalite bench --record` was run."""
     evals: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
     config_text: str = ""
@@ -131,6 +133,7 @@ def read_run(run_dir: str | os.PathLike[str]) -> RunRecords:
         result=_read_json(folder / "result.json", problems, optional=True),
         baselines=_read_json(folder / "baselines.json", problems),
         overlap=_read_json(folder / "overlap.json", problems, optional=True),
+        waterfall=_read_json(folder / "waterfall.json", problems, optional=True),
         evals=_latest_by_step(read_lines(folder / "evals.jsonl", problems)),
         events=list(read_lines(folder / "events.jsonl", problems)),
         config_text=config.read_text(encoding="utf-8", errors="replace") if config.exists() else "",
