@@ -37,7 +37,7 @@ from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 RECOMPUTE_MARK = "megalite::recompute"
-"""Name that everything run for the second time stands under in a profile: 2 us for each layer that does."""
+"""Name that everything run for the second time stands under in a profile: 6 us for each layer that does."""
 
 
 @dataclass(frozen=True, slots=True)
