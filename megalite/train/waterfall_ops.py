@@ -138,7 +138,7 @@ TABLE: dict[str, Op] = {
             )),
             *("aten." + name for name in (
                 "_foreach_add_", "_foreach_copy_", "_foreach_mul_", "_foreach_norm", "_foreach_zero_",
-                "_fused_rms_norm",
+                "_fused_rms_norm", "_assert_async",
                 "_fused_rms_norm_backward", "_softmax", "_softmax_backward_data", "_to_copy", "_unsafe_index", "all",
                 "amax", "amin", "any", "arange", "argmax", "argmin", "cat", "clone", "contiguous", "copy_", "cumsum",
                 "dot", "embedding", "embedding_dense_backward", "fill_", "full", "full_like", "gather", "index",
