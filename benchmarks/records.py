@@ -44,17 +44,20 @@ class Machine:
 
 def machine_of(record: Record) -> Machine:
     """The machine class of a record of any benchmark."""
-    if "device_type" in record:  # a kernel's: "AMD EPYC (2 cores)"
-        if record["device_type"] != "cpu":
-            return Machine(record["device"])
-        name, _, cores = record["device"].rpartition(" (")
-        return Machine(name, int(cores.split()[0]), record["isa"] or "", record["threads"])
-    machine = record["machine"]
-    device = record.get("device", machine.get("device", "cpu"))
-    if device != "cpu":
+    machine = record.get("machine", {})
+    kernel = "device_type" in record
+    device = record["device"] if kernel else record.get("device", machine.get("device", "cpu"))
+    if (record["device_type"] if kernel else device) != "cpu":
         return Machine(device)
-    threads = record.get("threads", machine.get("threads", 0))
-    return Machine(machine.get("cpu", "CPU"), machine["cores"], machine.get("isa") or "", threads)
+    model, _, cores = (device if kernel else machine.get("cpu", "CPU")).partition(
+        " ("
+    )  # "AMD EPYC (2 cores)"
+    return Machine(
+        model,
+        int(cores.split()[0]) if cores else machine["cores"],
+        (record if kernel else machine).get("isa") or "",
+        record.get("threads", machine.get("threads", 0)),
+    )
 
 
 def read(path: Path) -> list[Record]:
@@ -90,8 +93,8 @@ def newest(records: Iterable[Record], key: Callable[[Record], Key]) -> dict[Key,
 
 def throughput_key(record: Record) -> tuple[Hashable, ...]:
     """Of throughput runs that replace each other: same work on the same machine by the same clock."""
-    shape = (record["preset"], record["seq_length"], record["micro_batch_size"], record.get("layout", ""))
-    return (*shape, record["precision"], record["clock"], machine_of(record))
+    fields = ("preset", "seq_length", "micro_batch_size", "tokens_per_step", "layout", "precision", "clock")
+    return (*(record[field] for field in fields), machine_of(record))
 
 
 def throughput(folder: Path) -> list[Record]:

@@ -94,7 +94,7 @@ def throughput_tables(results: Path, chosen: Chosen) -> str:
 
 def same_work(record: Record) -> tuple[object, ...]:
     """What a run by the wall clock and one by process time have in common."""
-    fields = ("preset", "seq_length", "micro_batch_size", "precision", "layout")
+    fields = ("preset", "seq_length", "micro_batch_size", "tokens_per_step", "precision", "layout")
     return (*(record.get(field) for field in fields), machine_of(record).device)
 
 
@@ -107,7 +107,7 @@ def throughput_table(record: Record, beside: Sequence[Record]) -> str:
     header = ["", "tokens/s", "/ best peer", "step, ms (p10 – p90)"]
     header += ["MFU causal / full, of the measured GEMM"] if on_gemm else ["MFU causal / full"]
     header += [] if on_gemm else ["share of the measured GEMM peak"]
-    header += ["peak memory, GB", "of it above state, GB"]
+    header += ["peak memory, GB", "of it above state, GB", "what it is"]
     rows = []
     for contender in sorted([*ours, *peers], key=lambda c: -c["tokens_per_s"]):
         name = f"`{contender['name']}`"
@@ -119,11 +119,13 @@ def throughput_table(record: Record, beside: Sequence[Record]) -> str:
         row.append(f"{middle} ({low} – {high})")
         row.append(f"{percent(contender['mfu_causal'])} / {percent(contender['mfu_full'])}")
         row += [] if on_gemm else [percent(contender["gemm_fraction"])]
-        rows.append([*row, *(gigabytes(contender, of) for of in ("peak_memory", "memory_above_state"))])
-    batch = f"{record['micro_batch_size']} × {record['seq_length']:,} tokens"
+        row += [gigabytes(contender, of) for of in ("peak_memory", "memory_above_state")]
+        rows.append([*row, str(contender.get("description", ""))])
+    batch = f"{record['tokens_per_step']:,} tokens a step in micro-batches of "
+    batch += f"{record['micro_batch_size']} × {record['seq_length']:,}"
     layout = f", {record['layout']}" if record.get("layout") else ""
     clock = "" if record["clock"] == "wall" else ", CPU time of the process"
-    lines = [f"**`{record['preset']}`, {record['precision']}**, {batch} a micro-batch{layout}{clock}:", ""]
+    lines = [f"**`{record['preset']}`, {record['precision']}**, {batch}{layout}{clock}:", ""]
     below = [throughput_facts(record, [a for a in allocators if a]), *(in_short(b) for b in beside)]
     return "\n".join([*lines, table(header, rows), "", "\n\n".join(below)])
 
@@ -161,6 +163,8 @@ def throughput_facts(record: Record, allocators: Sequence[str]) -> str:
     facts.append(f"{record['rounds']} rounds of {record['steps_per_round']} steps, contenders in turns")
     if (apart := loss_difference(record)) is not None:
         facts.append(f"losses of the same steps within {percent(apart, 2)}")
+    names = ("transformers", "litgpt", "torchtitan", "megatron-core", "liger-kernel")
+    facts += [f"{name} {text}" for name in names if (text := record["versions"].get(name))]
     facts += [f"left out: `{skipped['name']}` ({skipped['reason']})" for skipped in record.get("skipped", ())]
     return made_by([record], *facts)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,8 +57,7 @@ def throughput_targets(
         for record in throughput(results)
         if (record["preset"], record["precision"]) in wanted
         and not record.get("layout")
-        and replace(machine_of(record), isa="")
-        == replace(here, isa="")  # compared in full once it is measured
+        and machine_of(record) == here
     ]
     # By the wall clock if both clocks were used: that is what a user waits for.
     clocks = newest(
@@ -71,16 +70,19 @@ def throughput_target(record: Record, peers: int, rounds: int) -> Target:
     """How one comparison is run again."""
     ours, others = ours_and_peers(record)
     names = [contender["name"] for contender in [*ours[:1], *others[:peers]]]
+    samples = record["tokens_per_step"] // record["seq_length"]
     options = {
         "--preset": record["preset"],
         "--precision": record["precision"],
         "--seq-length": record["seq_length"],
         "--micro-batch-size": record["micro_batch_size"],
+        "--global-batch-size": samples,
         "--threads": record["threads"],
-        "--contenders": ",".join(names),
+        "--clock": record["clock"],
         "--rounds": rounds,
     }
-    command = ["benchmarks/train_throughput.py", *(str(word) for pair in options.items() for word in pair)]
+    words = [str(word) for pair in options.items() for word in pair]
+    command = ["benchmarks/train_throughput.py", *words, "--contenders", *names]
     name = f"{record['preset']} {record['precision']}"
     return Target(name, [record], command, "throughput.jsonl", throughput_ratios)
 

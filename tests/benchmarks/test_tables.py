@@ -45,12 +45,21 @@ def test_a_comparison_of_trainers(tmp_path: Path) -> None:
     slow = throughput_record({name: rate / 2 for name, rate in RATES.items()}, clock="process", threads=1)
     write(tmp_path / "throughput.jsonl", [throughput_record({"megalite": 1.0}), throughput_record(), slow])
     made = tables.render(MARKERS, tmp_path, "there")
-    assert "| **`megalite`** | 1,208 | 1.13 | 1,695 (1,661 – 1,729) | 73.1 % / 76.7 % | 2.08 | 1.15 |" in made
-    assert "| `hf-llama` | 870 | 0.81 | 2,354 (2,307 – 2,401) | 52.6 % / 55.3 % | 2.90 | 1.97 |" in made
+    assert (
+        "| **`megalite`** | 1,208 | 1.13 | 1,695 (1,661 – 1,729) | 73.1 % / 76.7 % | 2.08 | 1.15 | this trainer |"
+        in made
+    )
+    assert (
+        "| `hf-llama` | 870 | 0.81 | 2,354 (2,307 – 2,401) | 52.6 % / 55.3 % | 2.90 | 1.97 | another |"
+        in made
+    )
     assert (
         "`megalite` 604, `plain-llama-compile-bf16w` 536, `plain-llama-compile-autocast` 517 (1.13 of" in made
     )
-    assert "left out: `torchtitan` (not installed); commit 0123456789ab; 2026-11-24." in made
+    assert (
+        "transformers 5.23.0; left out: `torchtitan` (not installed); commit 0123456789ab; 2026-11-24."
+        in made
+    )
     assert (
         "`python benchmarks/train_throughput.py --preset llama-60m --precision bf16`: AMD EPYC, 2 cores"
         in made
@@ -152,7 +161,7 @@ def test_records(tmp_path: Path) -> None:
     write(tmp_path / "throughput.jsonl", [throughput_record(), throughput_record(threads=1)])
     machines = [machine_of(record) for record in throughput(tmp_path)]
     assert [str(machine) for machine in machines] == [
-        f"AMD EPYC, 2 cores, AVX512, {n}" for n in ("2 threads", "1 thread")
+        f"AMD EPYC, 2 cores, avx512_bf16, {n}" for n in ("2 threads", "1 thread")
     ]
     assert machine_of({"device": "NVIDIA H200", "machine": MACHINE}) == machine_of(
         {"device_type": "cuda", "device": "NVIDIA H200"}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-MACHINE = {"cpu": "AMD EPYC", "cores": 2, "isa": "AVX512", "memory_bytes": 25_276_502_016}
+MACHINE = {"cpu": "AMD EPYC (2 cores)", "cores": 2, "isa": "avx512_bf16", "memory_bytes": 25_276_502_016}
 RATES = {
     "megalite": 1208.0,
     "plain-llama-compile-bf16w": 1071.0,
@@ -28,7 +28,7 @@ def throughput_record(
         "benchmark": "throughput", "time": "2026-11-24T18:00:00Z", "preset": "llama-60m", "seq_length": 512,
         "micro_batch_size": 4, "tokens_per_step": tokens, "precision": "bf16", "layout": "", "threads": 2,
         "clock": "wall", "rounds": 3, "steps_per_round": 4, "device": "cpu", "machine": MACHINE,
-        "versions": {"torch": "2.13.0+cpu"}, "commit": "0123456789ab",
+        "versions": {"torch": "2.13.0+cpu", "transformers": "5.23.0", "litgpt": None}, "commit": "0123456789ab",
         "command": "python benchmarks/train_throughput.py --preset llama-60m --precision bf16",
         "flops_per_token_causal": FLOPS_PER_TOKEN, "flops_per_token_full": 1.05 * FLOPS_PER_TOKEN,
         "flops_terms": {}, "gemm_peak_tflops": peak, "gemm_shapes": {"2048x2048x2048": peak},
@@ -44,7 +44,8 @@ def contender(name: str, rate: float, tokens: int, peak: float, spread: float) -
     step = 1e3 * tokens / rate
     ours = name.startswith("megalite")
     return {
-        "name": name, "kind": "ours" if ours else "peer", "description": "", "tokens_per_s": rate,
+        "name": name, "kind": "ours" if ours else "peer", "tokens_per_s": rate,
+        "description": "this trainer" if ours else "another",
         "mfu_causal": share, "mfu_full": 1.05 * share, "gemm_fraction": share, "step_ms_p10": step * (1 - spread),
         "step_ms_p50": step, "step_ms_p90": step * (1 + spread), "measured_steps": 12, "warmup_steps": 2,
         "first_step_s": 2.0, "peak_memory_bytes": 2_080_000_000 if ours else 2_900_000_000,
