@@ -27,6 +27,14 @@ MAKERS = {
     KERNELS: "make bench-kernels",
     PIPELINE: "python benchmarks/pipeline_bubble.py --output",
 }
+PACKAGES = {
+    "hf-": "transformers",
+    "liger": "liger-kernel",
+    "litgpt": "litgpt",
+    "torchtitan": "torchtitan",
+    "megatron": "megatron-core",
+}
+"""Part of a contender's name → the package whose version matters."""
 Chosen = Mapping[str, str]
 
 
@@ -163,8 +171,9 @@ def throughput_facts(record: Record, allocators: Sequence[str]) -> str:
     facts.append(f"{record['rounds']} rounds of {record['steps_per_round']} steps, contenders in turns")
     if (apart := loss_difference(record)) is not None:
         facts.append(f"losses of the same steps within {percent(apart, 2)}")
-    names = ("transformers", "litgpt", "torchtitan", "megatron-core", "liger-kernel")
-    facts += [f"{name} {text}" for name in names if (text := record["versions"].get(name))]
+    names = [contender["name"] for contender in record["contenders"]]
+    packages = [package for part, package in PACKAGES.items() if any(part in name for name in names)]
+    facts += [f"{package} {record['versions'].get(package)}" for package in packages]
     facts += [f"left out: `{skipped['name']}` ({skipped['reason']})" for skipped in record.get("skipped", ())]
     return made_by([record], *facts)
 

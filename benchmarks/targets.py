@@ -101,9 +101,9 @@ def throughput_ratios(records: Sequence[Record], others: Sequence[Record]) -> di
         best = peers[0]
         speed = Ratio(mine["tokens_per_s"] / best["tokens_per_s"], math.hypot(spread, step_spread(best)))
         found["tokens/s / best peer"] = speed
-        memory = [contender.get("memory_above_state_bytes") for contender in (best, mine)]
-        if all(memory):
-            found["memory above state, best peer / ours"] = Ratio(memory[0] / memory[1], 0.0)
+        theirs, held = (contender.get("memory_above_state_bytes") for contender in (best, mine))
+        if theirs and held:
+            found["memory above state, best peer / ours"] = Ratio(theirs / held, 0.0)
     return found
 
 
@@ -139,29 +139,41 @@ def kernel_ratios(records: Sequence[Record], others: Sequence[Record]) -> dict[s
     mine, theirs = ({kernel_key(r): r for r in some} for some in (records, others))
     found: dict[str, Ratio] = {}
     for key in mine.keys() & theirs.keys():
-        *group, passes, variant = key
-        forward_of_more = passes == "forward" and (*group, "forward+backward", variant) in mine
-        if variant != "megalite" or forward_of_more:
+        forward_of_more = key.passes == "forward" and key._replace(passes="forward+backward") in mine
+        if key.variant != "megalite" or forward_of_more:
             continue
-        ours, (_, case, shape, dtype) = mine[key], group
+        ours = mine[key]
         parts, spreads = {}, [ours["spread"]]
         by_products = (
             ours["of_gemm"] > ours["of_copy"]
-        )  # the yardstick that bounds the op has the larger share
+        )  # of the yardstick that bounds the op, the share is larger
         for base in ("torch", "compile") if by_products else ("torch", "compile", "copy"):
-            if (other := (*group, passes, base)) in mine and other in theirs:
+            other = key._replace(variant=base)
+            if other in mine and other in theirs:
                 parts[base] = mine[other]["best_ms"] / ours["best_ms"]
                 spreads.append(mine[other]["spread"] / 3)
         if by_products:
             parts["product"] = ours["of_gemm"] * ours["median_ms"] / ours["best_ms"]
         if parts:
-            sizes = " ".join(f"{letter}{size}" for letter, size in shape)
-            name = f"{case} {sizes} {dtype}, {', '.join(parts)} / ours"
+            sizes = " ".join(f"{letter}{size}" for letter, size in key.shape)
+            name = f"{key.case} {sizes} {key.dtype}, {', '.join(parts)} / ours"
             found[name] = Ratio(statistics.geometric_mean(parts.values()), math.hypot(*spreads))
     return dict(sorted(found.items()))
 
 
-def kernel_key(record: Record) -> tuple[Machine, str, tuple[tuple[str, int], ...], str, str, str]:
-    """Of records that replace each other."""
+class KernelKey(NamedTuple):
+    """What records share of which a newer one replaces an older one."""
+
+    machine: Machine
+    case: str
+    shape: tuple[tuple[str, int], ...]
+    dtype: str
+    passes: str
+    variant: str
+
+
+def kernel_key(record: Record) -> KernelKey:
+    """Of a kernel's record."""
     shape = tuple(record["shape"].items())
-    return machine_of(record), record["case"], shape, record["dtype"], record["pass"], record["variant"]
+    names = ("dtype", "pass", "variant")
+    return KernelKey(machine_of(record), record["case"], shape, *(record[name] for name in names))

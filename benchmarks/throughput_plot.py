@@ -46,6 +46,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch
 
     columns = min(COLUMNS, len(records))
     rows = -(-len(records) // columns)
@@ -64,7 +65,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
         "others, torch.compile": COMPILED_COLOUR,
         "others, eager": EAGER_COLOUR,
     }
-    marks = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
+    marks = [Patch(color=colour) for colour in colours.values()]
     figure.legend(marks, list(colours), loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     save(figure, path, digest(records), dpi=120)
     plt.close(figure)

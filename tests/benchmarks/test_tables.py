@@ -57,7 +57,7 @@ def test_a_comparison_of_trainers(tmp_path: Path) -> None:
         "`megalite` 604, `plain-llama-compile-bf16w` 536, `plain-llama-compile-autocast` 517 (1.13 of" in made
     )
     assert (
-        "transformers 5.23.0; left out: `torchtitan` (not installed); commit 0123456789ab; 2026-11-24."
+        "transformers 5.23.0; litgpt 0.5.13; left out: `torchtitan` (not installed); commit 0123456789ab; 2026-11-24."
         in made
     )
     assert (
