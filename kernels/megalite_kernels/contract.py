@@ -52,5 +52,6 @@ CONTRACTS: dict[str, Contract] = {
         Contract("adamw_", _REFERENCE + "adamw"),
         Contract("grad_norm", _REFERENCE + "grad_norm"),
         Contract("linear", "torch.nn.functional.linear"),
+        Contract("fp8_linear", _REFERENCE + "fp8"),
     )
 }

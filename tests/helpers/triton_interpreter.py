@@ -1,7 +1,8 @@
 """Corrections to Triton's interpreter, which computes on the bit patterns of bfloat16 as if they were integers.
 
 Conversions round to nearest even, arithmetic and comparisons are done in float32 and rounded once, and a dot of 16-bit
-operands accumulates in float32, as on a GPU.
+operands accumulates in float32, as on a GPU. Its conversions to FP8 cut bits off, or take the patterns for integers:
+torch's are put in their place, on magnitudes that the formats hold (beyond those GPUs saturate, older torch does not).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 
 def widened(bits: Any) -> Any:
@@ -24,8 +26,18 @@ def narrowed(x: Any) -> Any:
     return np.where(np.isnan(x), (bits >> 16) | 0x40, rounded).astype(np.uint16)
 
 
+FP8 = {"fp8e4nv": torch.float8_e4m3fn, "fp8e5": torch.float8_e5m2}
+
+
+def narrowed_to_fp8(x: Any, name: str) -> Any:
+    """float32 as the bit patterns of an FP8 format: nearest even, a NaN stays one."""
+    values = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
+    return values.to(FP8[name]).view(torch.uint8).numpy().reshape(np.shape(x))
+
+
 def correct_bfloat16() -> None:
-    """Replace the interpreter's bfloat16 operations in this process; a second call does nothing."""
+    """Replace the interpreter's bfloat16 operations, and conversions to FP8, in this process; a second call does
+    nothing."""
     import triton.language as tl
     import triton.runtime.interpreter as interpreter
 
@@ -38,6 +50,8 @@ def correct_bfloat16() -> None:
     binary, unary, cast = builder.binary_op, builder.unary_op, builder.cast_impl
 
     def convert_float(x: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if source == tl.float32 and str(target) in FP8:
+            return narrowed_to_fp8(x, str(target))
         if source == tl.float32 and target == tl.bfloat16 and rounding != interpreter._ir.ROUNDING_MODE.RTZ:
             return narrowed(x).reshape(x.shape)
         if source == tl.bfloat16 and target == tl.float32:
@@ -69,6 +83,8 @@ def correct_bfloat16() -> None:
 
     def cast_impl(self: Any, value: Any, target: Any) -> Any:
         source, scalar = value.dtype.scalar, target.scalar
+        if source == tl.float32 and str(scalar) in FP8:
+            return handle(narrowed_to_fp8(value.data, str(scalar)), scalar)
         if source == tl.bfloat16 and scalar not in (tl.bfloat16, tl.float32):
             return cast(self, handle(widened(value.data), tl.float32), target)
         if scalar == tl.bfloat16 and source not in (tl.bfloat16, tl.float32):
