@@ -21,6 +21,9 @@ from megalite.config_parallel import RecomputeConfig as RecomputeConfig
 IGNORE_INDEX = -100
 """Label of positions that carry no loss (torch's own default)."""
 
+FP8_MULTIPLE = 16
+"""Sizes of FP8 matrix products are multiples of this."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetSpec:
@@ -111,8 +114,12 @@ class TrainConfig:
     """Batch-size ramp: it grows in multiples of this; 0 takes rampup_start."""
     seed: int = 1
     """Key of the initial weights."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 compute where a measured GEMM is faster in it, else fp32. Masters and moments are fp32."""
+    precision: Literal["auto", "bf16", "fp32", "fp8"] = "auto"
+    """auto: bf16 compute where a measured GEMM is faster in it, else fp32. fp8: the matrix products of the blocks in
+    FP8, the rest in bf16; emulated on CPUs. Masters and moments are fp32."""
+    fp8_scaling: Literal["rowwise", "tensorwise"] = "rowwise"
+    """fp8: a scale for each token and weight row, with weight gradients in bf16; or one for each tensor, with all
+    products in FP8, where tokens of one document change those of others in the last bits."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU of this process if there is one."""
     threads: int = 0
@@ -272,6 +279,37 @@ class RunConfig:
         if self.parallel.zero == 3:
             split.append("parallel.zero=3")
         require(not split, f"{what} does not go with {', '.join(split)}: turn off one or the other")
+
+    def validate_fp8(self) -> None:
+        """Check that the products of a run with `train.precision = "fp8"` have sizes that FP8 units take.
+
+        Raises:
+            UserError: naming the size and what it must be a multiple of.
+        """
+        if self.train.precision != "fp8":
+            return
+        model, tp, cp = self.model, self.parallel.tp, self.parallel.cp
+        heads, kv_heads = model.num_attention_heads // tp, max(1, model.kv_heads // tp)
+        tokens = self.train.micro_batch_size * self.train.seq_length // cp
+        sizes = {
+            "model.hidden_size": model.hidden_size,
+            f"model.ffn_hidden_size / parallel.tp={tp}": model.ffn_hidden_size // tp,
+            f"model.num_attention_heads · head_dim / parallel.tp={tp}": heads * model.size_per_head,
+            f"all query, key and value heads · head_dim / parallel.tp={tp}": (heads + 2 * kv_heads)
+            * model.size_per_head,
+            f"train.micro_batch_size · train.seq_length / parallel.cp={cp}": tokens,
+        }
+        for name, size in sizes.items():
+            require(
+                size % FP8_MULTIPLE == 0,
+                f"{name} = {size} must be a multiple of {FP8_MULTIPLE} with train.precision='fp8': change it, or take "
+                "train.precision='bf16'",
+            )
+        require(
+            self.parallel.tp_chunks == 1,
+            f"parallel.tp_chunks={self.parallel.tp_chunks}: FP8 products are not cut, set it to 1 with "
+            "train.precision='fp8'",
+        )
 
     @property
     def directory(self) -> str:

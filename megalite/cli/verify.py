@@ -32,7 +32,7 @@ class VerifyArguments(RunConfig):
     """Most processes of a layout; 0 is 4, or 8 with --full or for a run that needs them, or the number of GPUs."""
     layouts: str = ""
     """Only these: kinds (own, tp, cp, pp, dp, recompute, mixed), names or patterns such as 'tp2*', with commas."""
-    dtype: Literal["auto", "fp32", "bf16", "float64"] = "auto"
+    dtype: Literal["auto", "fp32", "bf16", "fp8", "float64"] = "auto"
     """Type checked after float64; auto is that of the run (train.precision); float64 checks no other."""
     full: bool = False
     """Layouts of up to 8 processes."""
@@ -132,10 +132,11 @@ def _dtype(arguments: VerifyArguments, config: RunConfig, device: str) -> str:
 
     from megalite.train.flops import choose_precision
 
-    if arguments.dtype != "auto":
-        return arguments.dtype
-    if config.train.precision != "auto":
-        return config.train.precision
+    wanted = config.train.precision if arguments.dtype == "auto" else arguments.dtype
+    if wanted == "fp8":
+        return f"fp8-{config.train.fp8_scaling}"
+    if wanted != "auto":
+        return wanted
     if config.train.device == "cuda":
         return "bf16"  # what a run takes on any GPU of today, wherever this is checked
     return choose_precision("auto", torch.device(device)).chosen

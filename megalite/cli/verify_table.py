@@ -53,7 +53,7 @@ class Table:
         self.width = console.width if console.is_terminal or "COLUMNS" in os.environ else _PLAIN
         self.wide = self.width >= _WIDE
         self.errors = 9 if self.wide else 8
-        extra = [("update", self.errors), *((dtype, 8) for dtype in dtypes[1:])]
+        extra = [("update", self.errors), *((dtype, max(8, len(dtype) + 1)) for dtype in dtypes[1:])]
         numbers = 10 if self.wide else 7
         self.columns = [("ranks", 6)] if self.wide else []
         self.columns += [

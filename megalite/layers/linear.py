@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megalite.parallel.fp8 import fp8_column_linear, fp8_row_linear
 from megalite.parallel.pieces import Init, Piece, TensorParallel
 from megalite.parallel.tensor import Shard, TensorSplit, column_linear, row_linear
+from megalite_kernels.ops.fp8_linear import Scaling
 
 
 class ColumnParallelLinear(nn.Module):
@@ -38,6 +40,7 @@ class ColumnParallelLinear(nn.Module):
         self.outputs = dict(outputs)
         self.split = split
         self.std = std
+        self.fp8: Scaling | None = None
         rows = sum(shard.size for shard in outputs.values())
         self.weight = nn.Parameter(torch.empty(rows, in_features, **factory))
         self.bias = nn.Parameter(torch.empty(rows, **factory)) if bias else None
@@ -65,7 +68,10 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor, split: TensorSplit | None = None) -> Tensor:
         """[..., in] → [..., rows]; `split` says how the tokens of x lie, by default as the layer was made."""
-        return column_linear(x, self.weight, self.bias, split or self.split)
+        split = split or self.split
+        if self.fp8 is not None:
+            return fp8_column_linear(x, self.weight, self.bias, split, self.fp8)
+        return column_linear(x, self.weight, self.bias, split)
 
 
 class RowParallelLinear(nn.Module):
@@ -93,6 +99,7 @@ class RowParallelLinear(nn.Module):
         self.inputs, self.name = inputs, name
         self.split = split
         self.std = std
+        self.fp8: Scaling | None = None
         self.weight = nn.Parameter(torch.empty(out_features, inputs.size, **factory))
         self.bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None
 
@@ -112,4 +119,14 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor, split: TensorSplit | None = None) -> Tensor:
         """[..., in / tp] → [..., out]; `split` says how the tokens of the output lie."""
-        return row_linear(x, self.weight, self.bias, split or self.split)
+        split = split or self.split
+        if self.fp8 is not None:
+            return fp8_row_linear(x, self.weight, self.bias, split, self.fp8)
+        return row_linear(x, self.weight, self.bias, split)
+
+
+def use_fp8(model: nn.Module, scaling: Scaling | None) -> None:
+    """Multiply in FP8 in every projection of a model's blocks, or (None) in the weights' own type."""
+    for module in model.modules():
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+            module.fp8 = scaling

@@ -54,14 +54,18 @@ class GradientSink:
 
     def add(self, dy: Tensor, x: Tensor) -> None:
         """Accumulate dyᵀ · x for dy [T, O] and x [T, I], now or when the queue is emptied."""
-        if self.queue is None:
-            self._accumulate(dy, x)
-        else:
-            self.queue.put(lambda: self._accumulate(dy, x))
+        self.add_product(lambda main_grad: accumulate_weight_gradient(dy, x, main_grad))
 
-    def _accumulate(self, dy: Tensor, x: Tensor) -> None:
+    def add_product(self, add: Callable[[Tensor], None]) -> None:
+        """Let `add` accumulate a product into the main gradient, now or when the queue is emptied."""
+        if self.queue is None:
+            self._accumulate(add)
+        else:
+            self.queue.put(lambda: self._accumulate(add))
+
+    def _accumulate(self, add: Callable[[Tensor], None]) -> None:
         with torch.no_grad():
-            accumulate_weight_gradient(dy, x, self.main_grad)
+            add(self.main_grad)
         self.added()
 
 

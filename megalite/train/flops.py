@@ -6,17 +6,31 @@ convention, PaLM appendix B), and half of that if it sees those before it ("caus
 since 2025). MFU by the full convention is the larger number; published figures use either, so both are
 printed. Not counted: embedding look-ups, norms, activations, the optimizer, padding rows of the vocabulary,
 recomputation. Document boundaries shorten attention further; neither convention credits that.
+
+With more than one type of product a run is held to the time that its own products would take at their peaks,
+
+    MFU = (FLOPs_fp8 / peak_fp8 + FLOPs_bf16 / peak_bf16) / measured time,
+
+so that moving a product to FP8 raises the bar along with the rate. FP8 are the products of the blocks' projections,
+all of them with tensorwise scaling and two of three (forward and dgrad) with rowwise; attention, head and the other
+weight gradients are bf16. The same rate against the bf16 peak alone ("bf16-equivalent", what speed-ups over bf16 are
+read from, and what may exceed 100 %) has a name of its own.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
 
 from megalite.config import ModelConfig
+from megalite.errors import UserError
+from megalite_kernels.ops import fp8
+from megalite_kernels.ops.fp8_linear import Scaling
+from megalite_kernels.scaled_mm import lacks_fp8
 
 DENSE_BF16_PEAK_TFLOPS = {
     "A100": 312.0,
@@ -26,8 +40,35 @@ DENSE_BF16_PEAK_TFLOPS = {
     "H200": 989.4,
     "B200": 2250.0,
     "GB200": 2500.0,
+    "L40S": 362.05,
+    "MI300X": 1307.4,
 }
 """Vendors' dense bf16 figures by device name; the longest matching name counts."""
+DENSE_FP8_PEAK_TFLOPS = {
+    "H100 PCIe": 1513.0,
+    "H100 NVL": 1670.5,
+    "H100": 1978.9,
+    "H200": 1978.9,
+    "B200": 4500.0,
+    "GB200": 5000.0,
+    "L40S": 733.0,
+    "MI300X": 2614.9,
+}
+"""As above, of dense FP8 products with fp32 sums."""
+FP8_TERMS = ("attention_qkv", "attention_output", "mlp")
+"""Terms of products that `train.precision = "fp8"` moves to FP8."""
+FP8_SHARE: dict[Scaling | None, float] = {None: 0.0, "rowwise": 2 / 3, "tensorwise": 1.0}
+"""How much of those terms: rowwise scaling leaves the weight gradient in bf16."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """FLOP/s that utilisation is measured against."""
+
+    main: float
+    """Of the compute type."""
+    fp8: float
+    """Of FP8 products; the main one where none are made, or where they are emulated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +77,8 @@ class FlopsPerToken:
 
     terms: dict[str, float]
     """Matrix products by name, and ``attention_full``."""
+    fp8_share: float = 0.0
+    """Part of `FP8_TERMS` that is multiplied in FP8."""
 
     @property
     def full(self) -> float:
@@ -47,9 +90,18 @@ class FlopsPerToken:
         """Attention counted at half."""
         return self.full - 0.5 * self.terms["attention_full"]
 
+    @property
+    def fp8(self) -> float:
+        """Multiplied in FP8, by either convention."""
+        return self.fp8_share * sum(self.terms[name] for name in FP8_TERMS)
 
-def flops_per_token(model: ModelConfig, seq_length: int) -> FlopsPerToken:
-    """Training FLOPs per token at sequence length `seq_length` (S).
+    def mixed_peak(self, total: float, peak: Peak) -> float:
+        """FLOP/s at which the `total` (`full` or `causal`) would run with each product at its own type's peak."""
+        return total / (self.fp8 / peak.fp8 + (total - self.fp8) / peak.main)
+
+
+def flops_per_token(model: ModelConfig, seq_length: int, fp8: Scaling | None = None) -> FlopsPerToken:
+    """Training FLOPs per token at sequence length `seq_length` (S), with FP8 products of scaling `fp8`, if any.
 
     A sliding window W < S limits the keys of a layer to W in the full convention (its causal half then
     undercounts slightly: a window has fewer masked keys than a triangle).
@@ -65,46 +117,61 @@ def flops_per_token(model: ModelConfig, seq_length: int) -> FlopsPerToken:
         "head": 6.0 * hidden * model.vocab_size,
         "attention_full": 12.0 * keys_seen * queries,
     }
-    return FlopsPerToken(terms)
+    return FlopsPerToken(terms, FP8_SHARE[fp8])
 
 
-def table_peak_tflops(device: torch.device) -> float | None:
-    """Dense bf16 peak of a known GPU; None for anything else (never a guess)."""
+def table_peak_tflops(device: torch.device, *, fp8: bool = False) -> float | None:
+    """Dense bf16 (or FP8) peak of a known GPU; None for anything else (never a guess)."""
     if device.type != "cuda":
         return None
+    table = DENSE_FP8_PEAK_TFLOPS if fp8 else DENSE_BF16_PEAK_TFLOPS
     name = torch.cuda.get_device_name(device)
-    matches = [known for known in DENSE_BF16_PEAK_TFLOPS if known in name]
-    return DENSE_BF16_PEAK_TFLOPS[max(matches, key=len)] if matches else None
+    matches = [known for known in table if known in name]
+    return table[max(matches, key=len)] if matches else None
+
+
+def peak_flops(precision: Precision, device: torch.device) -> Peak:
+    """What one device's utilisation is measured against: the vendor's figures, else measured products."""
+    main = table_peak_tflops(device) or precision.gemm_peak_tflops
+    fp8 = main
+    if precision.gemm_fp8_tflops:
+        fp8 = table_peak_tflops(device, fp8=True) or precision.gemm_fp8_tflops
+    return Peak(main * 1e12, fp8 * 1e12)
 
 
 def measure_gemm_tflops(device: torch.device, dtype: torch.dtype, *, budget_s: float = 0.5) -> float:
     """Best rate of square matrix products (1024³, 2048³, 4096³ as time allows) on this device, in TFLOP/s.
 
+    With an FP8 dtype the product is that of the layers, with one scale for each operand and a bf16 result.
+
     Inputs are random normal: zeros and constants draw less power and flatter the figure. Products follow each
     other until `budget_s` is used; the best one counts, since a shared machine only ever slows one down.
     """
     generator = torch.Generator(device=device).manual_seed(0)
-    best = 0.0
+    best, one = 0.0, torch.ones((), device=device)
     deadline = time.perf_counter() + budget_s
     for size in (1024, 2048, 4096):
         if best and 2 * size**3 / (best * 1e12) > deadline - time.perf_counter():
             break
         a, b = (torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2))
-        out = torch.empty(size, size, dtype=dtype, device=device)
-        _timed_gemm(a, b, out)
+        if dtype == fp8.E4M3:
+            multiply = partial(fp8.product, a, one, b, one, None, torch.bfloat16)
+        else:
+            multiply = partial(torch.mm, a, b, out=torch.empty(size, size, dtype=dtype, device=device))
+        _timed(multiply, device)
         for _ in range(20):
-            best = max(best, 2 * size**3 / _timed_gemm(a, b, out) / 1e12)
+            best = max(best, 2 * size**3 / _timed(multiply, device) / 1e12)
             if time.perf_counter() > deadline:
                 break
     return best
 
 
-def _timed_gemm(a: Tensor, b: Tensor, out: Tensor) -> float:
+def _timed(multiply: Callable[[], object], device: torch.device) -> float:
     """Seconds of one product."""
-    _synchronize(a.device)
+    _synchronize(device)
     start = time.perf_counter()
-    torch.mm(a, b, out=out)
-    _synchronize(a.device)
+    multiply()
+    _synchronize(device)
     return time.perf_counter() - start
 
 
@@ -122,16 +189,18 @@ class Precision:
     reason: str
     gemm_fp32_tflops: float
     gemm_bf16_tflops: float
+    gemm_fp8_tflops: float = 0.0
+    """0 where the run makes no FP8 products, or emulates them."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Compute dtype."""
-        return torch.bfloat16 if self.chosen == "bf16" else torch.float32
+        """Compute dtype; that of everything but the blocks' products with FP8."""
+        return torch.float32 if self.chosen == "fp32" else torch.bfloat16
 
     @property
     def gemm_peak_tflops(self) -> float:
-        """Measured matrix-product peak in the chosen type."""
-        return self.gemm_bf16_tflops if self.chosen == "bf16" else self.gemm_fp32_tflops
+        """Measured matrix-product peak in the compute type."""
+        return self.gemm_fp32_tflops if self.chosen == "fp32" else self.gemm_bf16_tflops
 
 
 BF16_WORTHWHILE = 1.2
@@ -139,9 +208,21 @@ BF16_WORTHWHILE = 1.2
 
 
 def choose_precision(requested: str, device: torch.device) -> Precision:
-    """Measure fp32 and bf16 matrix products and settle the compute type."""
+    """Measure fp32 and bf16 matrix products and settle the compute type.
+
+    Raises:
+        UserError: FP8 is asked for on a GPU that has no FP8 products.
+    """
+    lack = lacks_fp8(device)
+    if requested == "fp8" and lack is not None and device.type != "cpu":
+        raise UserError(f"train.precision='fp8' does not run here: {lack}. Take train.precision='bf16'")
     fp32 = measure_gemm_tflops(device, torch.float32)
     bf16 = measure_gemm_tflops(device, torch.bfloat16)
+    if requested == "fp8":
+        if lack is not None:
+            reason = "as configured; emulated on this CPU, slower than bf16, to try its numerics"
+            return Precision(requested, "fp8", reason, fp32, bf16)
+        return Precision(requested, "fp8", "as configured", fp32, bf16, measure_gemm_tflops(device, fp8.E4M3))
     if requested != "auto":
         return Precision(requested, requested, "as configured", fp32, bf16)
     ratio = bf16 / fp32

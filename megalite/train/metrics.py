@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megalite.config import RunConfig
 from megalite.optim.schedule import learning_rate
-from megalite.train.flops import FlopsPerToken
+from megalite.train.flops import FlopsPerToken, Peak
 from megalite.train.guard import Verdict
 from megalite.train.memory import peak_memory_bytes
 from megalite.train.timer import read_ms
@@ -48,7 +48,7 @@ class Metrics:
     Args:
         config: the run.
         flops: FLOPs per token by term.
-        peak_tflops: peak of one device that MFU is measured against.
+        peak: of one device, that MFU is measured against.
         num_devices: devices that work on the run.
         device: this process's device.
     """
@@ -58,13 +58,13 @@ class Metrics:
         config: RunConfig,
         flops: FlopsPerToken,
         *,
-        peak_tflops: float,
+        peak: Peak,
         num_devices: int,
         device: torch.device,
     ) -> None:
         self.config = config
         self.flops = flops
-        self.peak_flops = peak_tflops * 1e12 * num_devices
+        self.peak = Peak(peak.main * num_devices, peak.fp8 * num_devices)
         self.device = device
         self._pending: list[StepResult] = []
         self._packed: list[Tensor] = []
@@ -86,6 +86,15 @@ class Metrics:
         self._pending, self._packed = [], []
         return records
 
+    def utilisation(self, tokens_per_s: float) -> dict[str, float]:
+        """MFU by both conventions; of runs with FP8 products their rate against the bf16 peak alone, too."""
+        flops, found = self.flops, {}
+        for name, total in (("causal", flops.causal), ("full", flops.full)):
+            found[f"mfu_{name}"] = tokens_per_s * total / flops.mixed_peak(total, self.peak)
+        if flops.fp8_share:
+            found["mfu_bf16_equivalent_causal"] = tokens_per_s * flops.causal / self.peak.main
+        return found
+
     def _record(self, result: StepResult, row: list[float], peak_memory: int) -> dict[str, Any]:
         loss, grad_norm, valid_tokens, skip, spike, bad_parameter, bad_rank = row
         times = read_ms(result.marks)
@@ -103,8 +112,7 @@ class Metrics:
             "skipped": int(skip),
             "spike": int(spike),
             "tokens_per_s": rate,
-            "mfu_causal": rate * self.flops.causal / self.peak_flops,
-            "mfu_full": rate * self.flops.full / self.peak_flops,
+            **self.utilisation(rate),
             "peak_memory_bytes": peak_memory,
         }
         record |= {f"{phase}_ms": value for phase, value in times.items()}

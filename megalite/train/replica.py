@@ -20,6 +20,7 @@ from torch import Tensor
 from megalite.config import ModelConfig, ParallelConfig, RecomputeConfig
 from megalite.data.loader import MicroBatch
 from megalite.layers.cache import LayerCache
+from megalite.layers.linear import use_fp8
 from megalite.models.blocks import ModelPart
 from megalite.models.compiled import compile_blocks
 from megalite.models.stage import Stage
@@ -34,6 +35,7 @@ from megalite.parallel.stages import StagePlan, plan_stages
 from megalite.parallel.state import ModelState
 from megalite.parallel.tensor import TensorSplit
 from megalite.train.memory_estimate import Job, recompute_choices
+from megalite_kernels.ops.fp8_linear import Scaling
 
 
 class Replica:
@@ -206,6 +208,7 @@ def build_replica(
     seq_length: int = 0,
     num_microbatches: int = 0,
     compile_backend: str = "",
+    fp8: Scaling | None = None,
 ) -> Replica:
     """Make this process's part of the model and its state.
 
@@ -220,6 +223,7 @@ def build_replica(
         num_microbatches: of a step on a data-parallel rank; a recomputation budget is shared by those in flight.
             0: as many as the pipeline has stages.
         compile_backend: of `torch.compile`, for the blocks; empty compiles nothing.
+        fp8: multiply in FP8 in the blocks, with this scaling.
     """
     plan = plan_stages(config, parallel, seq_length or micro_batch_tokens)
     own = plan.stages_of(mesh.pp.rank)
@@ -245,5 +249,6 @@ def build_replica(
     if compile_backend:
         compile_blocks(model, compile_backend)
     fill(model)
+    use_fp8(model, fp8)
     state = make_state(model, mesh, dtype, parallel)
     return Replica(model, state, mesh, parallel, plan, micro_batch_tokens=micro_batch_tokens, dtype=dtype)

@@ -93,14 +93,28 @@ def _mfu(run: RunRecords, full: float, causal: float) -> str:
     if math.isfinite(measured) and measured != peak:
         lines[0] += f" Matrix products measured here reach {si(measured * 1e12, unit='FLOP/s')}."
     devices = number(run.run.get("machine") or {}, "processes")
-    below = f"({devices:.0f} × {shown})" if devices > 1 else shown
+    fp8, fp8_peak = _fp8_flops(run.run), number(run.run, "peak_fp8_tflops")
+    if fp8:
+        lines.append(
+            f"{flop_count(fp8)} of each token are multiplied in FP8 and held to its peak, "
+            f"{si(fp8_peak * 1e12, unit='FLOP/s')}; below, the peak of both together."
+        )
     for label, flops, key in (("causal", causal, "mfu_causal"), ("full", full, "mfu_full")):
+        if fp8:
+            shown = si(1e12 * flops / (fp8 / fp8_peak + (flops - fp8) / peak), unit="FLOP/s")
+        below = f"({devices:.0f} × {shown})" if devices > 1 else shown
         if math.isfinite(flops) and math.isfinite(rate):
             lines.append(
                 f"MFU, {label}: {grouped(rate)} tokens/s × {flop_count(flops)} ÷ {below}; "
                 f"recorded median <b>{percent(median(run, key))}</b>."
             )
     return "<br>".join(lines)
+
+
+def _fp8_flops(facts: Mapping[str, Any]) -> float:
+    """FLOPs of a token that the run multiplies in FP8."""
+    terms, share = facts.get("flops_terms") or {}, facts.get("flops_fp8_share") or 0.0
+    return share * sum(terms.get(name, 0.0) for name in ("attention_qkv", "attention_output", "mlp"))
 
 
 def about(run: RunRecords) -> str:

@@ -113,7 +113,7 @@ def summarise(session: Session, baselines: dict[str, Any]) -> dict[str, Any]:
     seconds = sum(r["step_ms"] for r in steady) / 1e3
     tokens = sum(r["tokens_per_s"] * r["step_ms"] / 1e3 for r in steady)
     rate = tokens / seconds if seconds else None
-    per_flop = rate / session.trainer.metrics.peak_flops if rate else 0.0
+    utilisation = session.trainer.metrics.utilisation(rate or 0.0)
     losses = [r["loss"] for r in metrics[-50:] if r["loss"] is not None]
     last_eval = evals[-1] if evals else {}
     checkpoint = session.saver.last_saved or session.resumed_from
@@ -127,8 +127,7 @@ def summarise(session: Session, baselines: dict[str, Any]) -> dict[str, Any]:
         "gzip_bits_per_byte": baselines["gzip_bits_per_byte"],
         "xz_bits_per_byte": baselines["xz_bits_per_byte"],
         "tokens_per_s": rate,
-        "mfu_causal": per_flop * session.flops.causal,
-        "mfu_full": per_flop * session.flops.full,
+        **utilisation,
         "gemm_peak_tflops": session.precision.gemm_peak_tflops,
         "peak_memory_bytes": max((r["peak_memory_bytes"] for r in metrics), default=None),
         "checkpoint": str(checkpoint),
@@ -202,11 +201,14 @@ def run_facts(session: Session, command: str, setup_s: float) -> dict[str, Any]:
             "reason": precision.reason,
             "gemm_fp32_gflops": precision.gemm_fp32_tflops * 1e3,
             "gemm_bf16_gflops": precision.gemm_bf16_tflops * 1e3,
+            "gemm_fp8_gflops": precision.gemm_fp8_tflops * 1e3,
         },
         "gemm_peak_tflops": precision.gemm_peak_tflops,
         "table_peak_tflops": table,
         "peak_source": "table of dense bf16 figures" if table else "measured matrix product",
+        "peak_fp8_tflops": session.trainer.metrics.peak.fp8 / mesh.world_size / 1e12,
         "flops_terms": session.flops.terms,
+        "flops_fp8_share": session.flops.fp8_share,
         "flops_per_token_causal": session.flops.causal,
         "flops_per_token_full": session.flops.full,
         "parameters": {

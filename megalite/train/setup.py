@@ -37,7 +37,7 @@ from megalite.train.flops import (
     Precision,
     choose_precision,
     flops_per_token,
-    table_peak_tflops,
+    peak_flops,
 )
 from megalite.train.guard import StepGuard
 from megalite.train.metrics import Metrics, ProgressLine
@@ -48,6 +48,7 @@ from megalite.train.stop import StopSignal
 from megalite.train.timer import StepTimer
 from megalite.train.trainer import Trainer
 from megalite_kernels.memory import keep_freed_pages
+from megalite_kernels.ops.fp8_linear import Scaling
 
 FREE_TO_CHANGE = {
     "": {"name", "run_dir", "preset", "parallel", "recompute", "eval", "checkpoint"},
@@ -110,7 +111,6 @@ def build_session(config: RunConfig, mesh: Mesh, *, replay_step: int | None = No
     found, manifest = find_checkpoint(config, mesh, tokenizer, replay_step)
     measured = settle_precision(config, mesh, manifest) if mesh.is_first else None
     precision: Precision = broadcast_object(measured, mesh.world)
-
     replica = build_replica(
         config.model,
         config.parallel,
@@ -122,6 +122,7 @@ def build_session(config: RunConfig, mesh: Mesh, *, replay_step: int | None = No
         recompute=config.recompute,
         num_microbatches=config.train.global_batch_size // (config.train.micro_batch_size * mesh.dp.size),
         compile_backend="inductor" if config.train.compile else "",
+        fp8=fp8_scaling(config, precision),
     )
     optimizer = AdamW(replica.state, config.optimizer, mesh.world)
     guard = StepGuard(mesh.device, sigma=config.train.spike_sigma, skip_spikes=config.train.skip_spikes)
@@ -132,7 +133,7 @@ def build_session(config: RunConfig, mesh: Mesh, *, replay_step: int | None = No
         optimizer.step_count.copy_(state.pop("step_count"))
         guard.load_state(state)
 
-    flops = flops_per_token(config.model, config.train.seq_length)
+    flops = flops_per_token(config.model, config.train.seq_length, fp8_scaling(config, precision))
     trainer = _make_trainer(
         config,
         replica,
@@ -161,6 +162,7 @@ def validate_layout(config: RunConfig, mesh: Mesh) -> None:
     """
     config.parallel.validate_model(config.model)
     config.train.validate_world(mesh.dp.size)
+    config.validate_fp8()
     for size in config.train.batch_sizes:
         config.parallel.validate_microbatches(size // (config.train.micro_batch_size * mesh.dp.size))
     tokens = config.train.micro_batch_size * config.train.seq_length
@@ -227,7 +229,7 @@ def _make_trainer(
         metrics=Metrics(
             config,
             flops,
-            peak_tflops=table_peak_tflops(mesh.device) or precision.gemm_peak_tflops,
+            peak=peak_flops(precision, mesh.device),
             num_devices=mesh.world_size,
             device=mesh.device,
         ),
@@ -273,6 +275,11 @@ def settle_precision(config: RunConfig, mesh: Mesh, manifest: dict[str, Any] | N
     return dataclasses.replace(
         measured, chosen=chosen, reason=f"as in the checkpoint ({manifest['precision']['reason']})"
     )
+
+
+def fp8_scaling(config: RunConfig, precision: Precision) -> Scaling | None:
+    """How the blocks' products are scaled, if they are made in FP8."""
+    return config.train.fp8_scaling if precision.chosen == "fp8" else None
 
 
 def fill_weights(model: Transformer, config: RunConfig) -> None:

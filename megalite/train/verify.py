@@ -50,7 +50,7 @@ class Verification:
     Args:
         model: of the run.
         layouts: what to compare.
-        dtype: type of the run, ``fp32`` or ``bf16``; ``float64`` leaves it at that.
+        dtype: type of the run, ``fp32``, ``bf16`` or one of `SCALINGS`; ``float64`` leaves it at that.
         device: where one process computes in the run's type.
     """
 

@@ -20,7 +20,7 @@ from megalite.train.verify_trace import Trace
 Kind = Literal["output", "token losses", "loss", "output gradient", "gradient", "grad norm", "update"]
 EXACT = 1e-10
 """Limit in float64, of the largest value of the same kind in the model."""
-FLOORS = {"fp32": 1e-5, "bf16": 2.0**-7}
+FLOORS = {"fp32": 1e-5, "bf16": 2.0**-7, "fp8-rowwise": 2.0**-5, "fp8-tensorwise": 2.0**-5}
 """Least limit in the run's own type, of the largest value of the same kind: one process may be right by luck."""
 TIMES = 2.0
 """A layout may be wrong by this many times the worst error that one process has in the same type: it rounds parts of

@@ -27,12 +27,15 @@ from megalite.train.replica import Replica, build_replica
 from megalite.train.trainer import count_valid_tokens
 from megalite.train.verify_model import packed_batches, valid_labels
 from megalite.train.verify_trace import Trace, rows_here, runs_of
+from megalite_kernels.ops.fp8_linear import Scaling
 
 STEPS = 3
 RATE = 0.1
 """Learning rate of the SGD steps: with gradients of a mean loss, updates of some per cent of the weights."""
 SEED = 7
 DTYPES = {"float64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+SCALINGS: dict[str, Scaling] = {"fp8-rowwise": "rowwise", "fp8-tensorwise": "tensorwise"}
+"""Types in which the blocks multiply in FP8 and everything else is bf16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,10 +178,11 @@ def run_rank(task: Task, mesh: Mesh) -> Answer:
         task.model,
         task.parallel,
         mesh,
-        dtype=DTYPES[task.dtype],
+        dtype=DTYPES.get(task.dtype, torch.bfloat16),
         micro_batch_tokens=task.tokens,
         fill=lambda model: initialize(model, seed=SEED),
         recompute=task.recompute,
+        fp8=SCALINGS.get(task.dtype),
     )
     numbers = range(mesh.dp.rank, task.micro_batches, mesh.dp.size)
     every = task.batches()

@@ -43,7 +43,11 @@ KINDS = {
 """Names of torch's ops → what they are called here; others keep their op's name."""
 
 PRODUCTS = frozenset({"aten.mm", "aten.addmm", "aten.addmm_", "aten.bmm", "aten.baddbmm", "aten.linear"})
-KERNELS_OF_PRODUCTS = ("megalite.linear_weight_grad_", "megalite.linear_cross_entropy")
+KERNELS_OF_PRODUCTS = (
+    "megalite.linear_weight_grad_",
+    "megalite.linear_cross_entropy",
+    "megalite.fp8_product",
+)
 
 
 @dataclass(eq=False)
