@@ -64,8 +64,9 @@ bench: setup ## measure training throughput beside other trainers; then the tabl
 	@$(BIN)/python -m benchmarks.tables
 
 .PHONY: bench-kernels
-bench-kernels: setup ## time every kernel here against torch and torch.compile; records and a roofline plot
+bench-kernels: setup ## time every kernel here against torch and torch.compile; then the tables and plots of README
 	@$(BIN)/python -m benchmarks.kernels $(ARGS)
+	@$(BIN)/python -m benchmarks.tables
 
 .PHONY: bench-tables
 bench-tables: setup ## make the tables and plots of README from the records in benchmarks/results

@@ -42,6 +42,7 @@ from megalite.parallel.random import initialize
 from megalite.parallel.simulate import StageTimes, Timeline, simulate
 from megalite.train.replica import build_replica
 from megalite.train.setup import environment
+from megalite_kernels.timing import device_name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -235,7 +236,12 @@ def predict(arguments: Arguments, layout: ParallelConfig, ranks: list[RankTimes]
 
 def report(arguments: Arguments, layout: ParallelConfig, ranks: list[RankTimes], command: str) -> None:
     """Print a line and append the record of one schedule."""
-    record = record_of(arguments, layout, ranks) | {"machine": machine(layout), "command": command}
+    facts = {"machine": machine(layout), "command": command}
+    record = (
+        record_of(arguments, layout, ranks)
+        | facts
+        | {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    )
     print(
         f"{layout.pp_schedule:<24} step {record['step_ms_p50']:8.1f} ms, simulated {record['simulated_step_ms']:8.1f}; "
         f"idle {record['bubble']:6.1%}, simulated {record['simulated_bubble']:6.1%} "
@@ -300,7 +306,8 @@ def machine(layout: ParallelConfig) -> dict[str, Any]:
     )
     facts = environment(Mesh(device=torch.device("cpu")), layout)
     own = {key: facts[key] for key in ("megalite", "torch", "numpy", "python", "device", "isa", "threads")}
-    return {"cores": len(os.sched_getaffinity(0)), "commit": commit.stdout.strip(), **own}
+    cores = len(os.sched_getaffinity(0))
+    return {"cpu": device_name(), "cores": cores, "commit": commit.stdout.strip(), **own}
 
 
 if __name__ == "__main__":
