@@ -139,11 +139,16 @@ class TrainConfig:
     compile: bool = False
     """Compile each block with `torch.compile`, our kernels inside it. Off: on CPUs it costs 10 to 30 s at the start and
     gains little, on GPUs nobody has measured it yet. Validation, sampling and replay run uncompiled."""
+    cuda_graph: bool = False
+    """Capture a whole step into one CUDA graph and replay it, which frees the host; one process on a GPU. Off: not
+    measured yet."""
+    gc_interval: int = 0
+    """Steps between runs of Python's garbage collector, which is held off in between; 0 leaves it alone."""
 
     def __post_init__(self) -> None:
         positive(self, "steps", "seq_length", "micro_batch_size", "global_batch_size")
         positive(self, "max_skipped_steps", "spike_sigma", "log_interval")
-        not_negative(self, "rampup_start", "rampup_steps", "rampup_increment", "threads")
+        not_negative(self, "rampup_start", "rampup_steps", "rampup_increment", "threads", "gc_interval")
         require(
             self.global_batch_size % self.micro_batch_size == 0,
             f"train.global_batch_size={self.global_batch_size} must be a multiple of "
@@ -272,6 +277,8 @@ class RunConfig:
         )
         if self.train.compile:
             self._require_plain_layout("train.compile=true", ("tp", "cp", "pp"))
+        if self.train.cuda_graph:
+            self._require_plain_layout("train.cuda_graph=true", ("tp", "cp", "pp"))
 
     def _require_plain_layout(self, what: str, axes: tuple[str, ...]) -> None:
         """Raise if a setting meets a layout that it does not know."""

@@ -18,6 +18,9 @@ from megalite.data.indexed import Array
 from megalite.errors import UserError
 from megalite.parallel.context import ContextSplit
 
+TENSORS = ("tokens", "labels", "positions", "cu_seqlens")
+"""Fields of a `MicroBatch` that go to the device."""
+
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
@@ -38,11 +41,16 @@ class MicroBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> MicroBatch:
         """The same batch on another device."""
-        return self._each(lambda x: x.to(device, non_blocking=non_blocking))
+        return self.map(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> MicroBatch:
         """The same batch in page-locked memory, from which copies to a GPU need not wait."""
-        return self._each(lambda x: x.pin_memory())
+        return self.map(lambda x: x.pin_memory())
+
+    def copy_(self, other: MicroBatch) -> None:
+        """Take over the tensors' values of another batch with equal shapes; what stands on the host stays."""
+        for name in TENSORS:
+            getattr(self, name).copy_(getattr(other, name), non_blocking=True)
 
     def part(self, split: ContextSplit) -> MicroBatch:
         """This rank's tokens of the batch; `cu_seqlens` and `bounds` stay those of the whole."""
@@ -51,9 +59,9 @@ class MicroBatch:
         }
         return replace(self, **own)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
-        names = ("tokens", "labels", "positions", "cu_seqlens")
-        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
+    def map(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
+        """The same batch with every tensor changed."""
+        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in TENSORS}
         return replace(self, **changed)
 
 

@@ -95,7 +95,14 @@ class FlatGroup:
     decay: bool
     weights: Tensor
     main_grad: Tensor
+    state: Tensor
+    """[2 or 3, owned]: the two moments, and the masters unless they are the weights."""
     buckets: tuple[Bucket, ...]
+
+    def shard(self) -> OptimizerShard:
+        """All buckets as one shard, where this process owns all of every bucket: one launch updates it."""
+        exp_avg, exp_avg_sq, master = (*self.state, self.weights)[:3]
+        return OptimizerShard(self.weights, master, self.main_grad, exp_avg, exp_avg_sq, self.decay)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -175,7 +182,7 @@ def make_group(planned: list[list[Slot]], dtype: torch.dtype, shard: Axis, data_
             Bucket(decay, _tied(slots), tuple(slots), own, part, grad, master, exp_avg, exp_avg_sq)
         )
         end, own_end = end + size, own_end + count
-    return FlatGroup(decay, weights, main_grad, tuple(buckets))
+    return FlatGroup(decay, weights, main_grad, state, tuple(buckets))
 
 
 def _fill(flat: Tensor, slots: list[Slot]) -> None:

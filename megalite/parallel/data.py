@@ -112,8 +112,10 @@ class FlatBuffers:
         return self.reducer.local_finite()
 
     def optimizer_shards(self) -> list[OptimizerShard]:
-        """See `ModelState`: one for each bucket."""
+        """See `ModelState`: one for each rule of weight decay, or for each slice where ranks divide the state."""
         self.settle()
+        if self.shard.size == 1:
+            return [group.shard() for group in self.groups]
         return [bucket.shard() for bucket in self.buckets]
 
     @torch.no_grad()

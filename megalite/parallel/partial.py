@@ -88,16 +88,17 @@ def _norms_of_runs(tensor: Tensor) -> Tensor:
     return torch.cat([norms, torch.linalg.vector_norm(flat[end:]).unsqueeze(0)])
 
 
-def total_norm(norms: Tensor, copies: Sequence[int], world: Axis) -> Tensor:
+def total_norm(norms: Tensor, copies: Tensor | Sequence[int], world: Axis) -> Tensor:
     """Norm of everything that the processes of the world hold, each element counted once: a scalar like `norms`.
 
     Squares are added in float64.
 
     Args:
         norms: [boxes] norm of each box of this process.
-        copies: how many processes hold each box (`ModelState.box_copies`).
+        copies: how many processes hold each box (`ModelState.box_copies`); a float64 tensor beside the norms costs no
+            copy from the host.
         world: all processes.
     """
-    shares = norms.new_tensor(copies, dtype=torch.float64)
+    shares = torch.as_tensor(copies, dtype=torch.float64, device=norms.device)
     square = (norms.double().square() / shares).sum()
     return all_reduce_sum(square, world).sqrt().to(norms.dtype)

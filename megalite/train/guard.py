@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megalite.parallel.reduction import is_finite
+
 WINDOW = 128
 MIN_HISTORY = 32
 """Steps of history before spikes are judged: the loss of a young run falls too fast to have a spread."""
@@ -52,13 +54,14 @@ class StepGuard:
         All ranks must pass the same (already reduced) values, so that all judge alike.
         """
         values = torch.stack([loss, grad_norm]).double()
-        bad = ~torch.isfinite(parameter_norms)
+        bad = ~is_finite(parameter_norms)
         first_bad = torch.where(bad.any(), bad.int().argmax(), -1)
-        finite = torch.isfinite(values).all() & ~bad.any()
+        finite = is_finite(values).all() & ~bad.any()
         spike = finite & self._is_spike(values)
         skip = ~finite | (spike & self.skip_spikes)
         self._remember(values, skip)
-        self.consecutive_skips = torch.where(skip, self.consecutive_skips + 1, 0)
+        # In place: a graph that is replayed finds its state where it left it.
+        self.consecutive_skips.copy_(torch.where(skip, self.consecutive_skips + 1, 0))
         return Verdict(skip=skip, spike=spike, bad_parameter=first_bad)
 
     def _is_spike(self, values: Tensor) -> Tensor:
@@ -71,8 +74,8 @@ class StepGuard:
 
     def _remember(self, values: Tensor, skip: Tensor) -> None:
         write = (self._column == self.count % WINDOW) & ~skip
-        self.history = torch.where(write, values[:, None], self.history)
-        self.count = self.count + (~skip).long()
+        self.history.copy_(torch.where(write, values[:, None], self.history))
+        self.count.add_((~skip).long())
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that a checkpoint keeps, so that a resumed run judges like an uninterrupted one."""
@@ -80,7 +83,5 @@ class StepGuard:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Restore what `state` returned."""
-        device = self.history.device
-        self.history = state["history"].to(device)
-        self.count = state["count"].to(device)
-        self.consecutive_skips = state["consecutive_skips"].to(device)
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])

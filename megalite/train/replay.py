@@ -42,8 +42,10 @@ def replay(config: RunConfig, mesh: Mesh, step: int) -> tuple[Findings, Session]
     Raises:
         UserError: the run's data, configuration and checkpoint do not fit together.
     """
-    # Modules are watched one by one, which a compiled block does not have.
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, compile=False))
+    # Modules are watched one by one, which a compiled block or a graph does not have.
+    config = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, compile=False, cuda_graph=False)
+    )
     prepare_process(config, mesh)
     session = build_session(config, mesh, replay_step=step)
     trainer = session.trainer

@@ -62,6 +62,7 @@ class Replica:
     ) -> None:
         self.model, self.state, self.mesh, self.parallel = model, state, mesh, parallel
         self.config = model.config
+        self._copies = torch.tensor(state.box_copies(), dtype=torch.float64, device=mesh.device)
         self.dtype = dtype
         self.pipeline: Pipeline | None = None
         self.stages: dict[int, Stage] = {}
@@ -134,7 +135,7 @@ class Replica:
     def grad_norm(self) -> tuple[Tensor, Tensor]:
         """Norm of the whole model's gradients, the same on all ranks, and [boxes] that of each local part."""
         norms = box_norms(self.state.boxes("main_grad"), self.mesh.device)
-        return total_norm(norms, self.state.box_copies(), self.mesh.world), norms
+        return total_norm(norms, self._copies, self.mesh.world), norms
 
     @torch.no_grad()
     def token_losses(self, batch: MicroBatch) -> Tensor:

@@ -16,6 +16,7 @@ import megalite
 import megalite_kernels
 from megalite.config import ModelConfig, ParallelConfig, RunConfig
 from megalite.config_values import to_dict
+from megalite.data.copying import CopyStream
 from megalite.data.dataset import load_datasets, open_prepared
 from megalite.data.loader import TrainLoader
 from megalite.data.tokenize import Tokenizer
@@ -39,6 +40,7 @@ from megalite.train.flops import (
     flops_per_token,
     peak_flops,
 )
+from megalite.train.graphed import cuda_graphs
 from megalite.train.guard import StepGuard
 from megalite.train.metrics import Metrics, ProgressLine
 from megalite.train.replica import Replica, build_replica
@@ -54,7 +56,7 @@ FREE_TO_CHANGE = {
     "": {"name", "run_dir", "preset", "parallel", "recompute", "eval", "checkpoint"},
     "train": {
         "steps", "micro_batch_size", "device", "threads", "log_interval", "profile", "max_skipped_steps", "init_from",
-        "compile",
+        "compile", "cuda_graph", "gc_interval",
     },
 }  # fmt: skip
 """Settings that may differ when a run is continued: they change neither its data nor its arithmetic, or (the
@@ -83,6 +85,9 @@ def prepare_process(config: RunConfig, mesh: Mesh) -> None:
     """
     if mesh.device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        if config.train.cuda_graph:
+            # The default stream cannot be captured, and autograd remembers on which stream a weight was first used.
+            torch.cuda.set_stream(torch.cuda.Stream(mesh.device))
     else:
         threads = config.train.threads or max(1, (os.cpu_count() or 1) // mesh.local_size)
         torch.set_num_threads(threads)
@@ -161,6 +166,11 @@ def validate_layout(config: RunConfig, mesh: Mesh) -> None:
         UserError: one of them cannot be cut that way; names the values that can.
     """
     config.parallel.validate_model(config.model)
+    if config.train.cuda_graph and (mesh.device.type != "cuda" or mesh.world_size > 1):
+        raise UserError(
+            f"train.cuda_graph=true captures the step of one process on a GPU, not of {mesh.world_size} on "
+            f"{mesh.device.type}: set train.cuda_graph=false"
+        )
     config.train.validate_world(mesh.dp.size)
     config.validate_fp8()
     for size in config.train.batch_sizes:
@@ -212,7 +222,7 @@ def _make_trainer(
     log = RunLog(run_dir, enabled=recording)
     log.continue_after(step)
     datasets = config.data.datasets
-    return Trainer(
+    trainer = Trainer(
         config=config,
         replica=replica,
         optimizer=optimizer,
@@ -237,9 +247,13 @@ def _make_trainer(
         tensorboard=TensorBoard(run_dir / "tensorboard", enabled=recording, first_step=step),
         progress=ProgressLine(config.train.steps, enabled=mesh.is_first, first_step=step),
         timer=StepTimer(mesh.device),
+        copies=CopyStream(mesh.device),
         save=lambda done: None,
         completed_steps=step,
     )
+    if config.train.cuda_graph:
+        trainer.graphs = cuda_graphs(trainer.compute, config.train.seq_length)
+    return trainer
 
 
 def settle_model(config: RunConfig, tokenizer: Tokenizer) -> ModelConfig:

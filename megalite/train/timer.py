@@ -44,10 +44,10 @@ class StepTimer:
 
 
 def read_ms(marks: list[tuple[str, float | torch.cuda.Event]]) -> dict[str, float]:
-    """Milliseconds of each phase, and of the whole step as ``step``."""
+    """Milliseconds of each phase, also of others than PHASES that were marked, and of the whole step as ``step``."""
     out = dict.fromkeys(PHASES, 0.0)
     for (_, before), (phase, after) in itertools.pairwise(marks):
-        out[phase] += _elapsed_ms(before, after)
+        out[phase] = out.get(phase, 0.0) + _elapsed_ms(before, after)
     out["step"] = _elapsed_ms(marks[0][1], marks[-1][1])
     return out
 

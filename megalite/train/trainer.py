@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megalite.config import IGNORE_INDEX, RunConfig
+from megalite.data.copying import CopyStream
 from megalite.data.loader import MicroBatch, TrainLoader
 from megalite.data.tokenize import Tokenizer
 from megalite.data.validation import ValidationSet
@@ -20,12 +21,16 @@ from megalite.optim.clip import clip_coefficient
 from megalite.optim.schedule import learning_rate
 from megalite.parallel.collectives import all_reduce_sum, gather_objects
 from megalite.parallel.mesh import Mesh
+from megalite.parallel.reduction import is_finite
 from megalite.parallel.state import ModelState
+from megalite.train.collector import Collector
 from megalite.train.evaluate import sample_texts, validate
+from megalite.train.graphed import GraphedStep
 from megalite.train.guard import StepGuard
 from megalite.train.metrics import Metrics, ProgressLine, StepResult
 from megalite.train.replica import Replica
 from megalite.train.runlog import RunLog, TensorBoard
+from megalite.train.step import StepInputs, StepOutputs
 from megalite.train.stop import StopSignal
 from megalite.train.timer import StepTimer
 
@@ -46,9 +51,12 @@ class Trainer:
     tensorboard: TensorBoard
     progress: ProgressLine
     timer: StepTimer
+    copies: CopyStream
     save: Callable[[int], None]
     """Saves a checkpoint of the given number of completed steps."""
     completed_steps: int = 0
+    graphs: GraphedStep | None = None
+    """Runs `compute` as CUDA graphs."""
 
     @property
     def mesh(self) -> Mesh:
@@ -75,6 +83,10 @@ class Trainer:
         Raises:
             DivergedError: more consecutive steps were skipped than `train.max_skipped_steps`.
         """
+        with Collector(self.config.train.gc_interval) as collector:
+            return self._steps(stop, after_step, collector)
+
+    def _steps(self, stop: StopSignal, after_step: Callable[[int], None], collector: Collector) -> bool:
         total = self.config.train.steps
         while self.completed_steps < total:
             self.mesh.calls.step = self.completed_steps + 1
@@ -82,6 +94,7 @@ class Trainer:
             self.metrics.add(result)
             self.completed_steps = done = result.step
             after_step(done)
+            collector.after_step(done)
             stopping = stop.agreed(requests)
             evaluating = not stopping and _due(done, self.config.eval.interval, total)
             saving = stopping or _due(done, self.config.checkpoint.interval, total)
@@ -98,37 +111,54 @@ class Trainer:
     def train_step(self, step: int, stop: StopSignal) -> tuple[StepResult, Tensor]:
         """One optimizer step (0-based number `step`) over this process's micro-batches.
 
-        The loss is the sum over all valid tokens of the step, on all processes, divided by their number; the
-        number is known before the first backward pass and scales the gradients there. Nothing here waits for
-        the device.
-
         Returns:
             The step's results, and the number of processes that want to stop (device scalar).
         """
-        timer, mesh = self.timer, self.mesh
+        timer, device = self.timer, self.mesh.device
         timer.start()
         batches = self.load(step)
         timer.mark("data_wait")
+        rate = torch.full((), learning_rate(self.config, step), device=device)
+        stopping = torch.full((), float(stop.requested), dtype=torch.float64, device=device)
+        inputs = StepInputs(batches, rate, stopping)
+        if self.graphs is None:
+            out = self.compute(inputs, timer.mark)
+        else:
+            out = self.graphs.run(inputs)
+            timer.mark("graph")
+        scalars = (out.loss, out.grad_norm, out.valid_tokens, out.bad_ranks, out.verdict)
+        return StepResult(step + 1, *scalars, timer.finish()), out.stopping
+
+    def compute(self, inputs: StepInputs, mark: Callable[[str], None] = lambda phase: None) -> StepOutputs:
+        """The device's part of a step: gradients, judgement, update.
+
+        The loss is the sum over all valid tokens of the step, on all processes, divided by their number; the
+        number is known before the first backward pass and scales the gradients there. Nothing here waits for
+        the device or depends on values that are there.
+
+        Args:
+            inputs: on the device.
+            mark: called after each phase.
+        """
+        mesh, batches = self.mesh, inputs.batches
         valid_tokens = all_reduce_sum(count_valid_tokens(batches), mesh.dp)
         scale = 1.0 / valid_tokens.clamp(min=1).float()
-        timer.mark("communication")
+        mark("communication")
 
-        loss_sum = self.replica.gradients(batches, scale, timer.mark)
+        loss_sum = self.replica.gradients(batches, scale, mark)
         self.state.finish_gradients()
-        shared = self.local_report(loss_sum, stop)
+        shared = self.local_report(loss_sum, inputs.stop)
         all_reduce_sum(shared, mesh.world)
-        timer.mark("communication")
+        mark("communication")
 
         grad_norm, norms = self.replica.grad_norm()
         loss_mean = shared[0] * scale
         verdict = self.guard.judge(loss_mean, grad_norm, norms)
-        rate = torch.full((), learning_rate(self.config, step), device=mesh.device)
         clip = clip_coefficient(grad_norm, self.config.optimizer.clip_grad_norm)
-        self.optimizer.step(rate, clip, verdict.skip)
+        self.optimizer.step(inputs.rate, clip, verdict.skip)
         self.state.publish()
-        timer.mark("optimizer")
-        result = StepResult(step + 1, loss_mean, grad_norm, valid_tokens, shared[2:], verdict, timer.finish())
-        return result, shared[1]
+        mark("optimizer")
+        return StepOutputs(loss_mean, grad_norm, valid_tokens, shared[2:], shared[1], verdict)
 
     def load(self, step: int) -> list[MicroBatch]:
         """This process's micro-batches of a step, on the device; the next step starts loading."""
@@ -136,18 +166,18 @@ class Trainer:
         batches = self.loader.step(train.samples_before(step), train.batch_size_at(step))
         if step + 1 < train.steps:
             self.loader.prefetch_step(train.samples_before(step + 1), train.batch_size_at(step + 1))
-        return [batch.to(self.mesh.device) for batch in batches]
+        return self.copies.bring(batches)
 
-    def local_report(self, loss_sum: Tensor, stop: StopSignal) -> Tensor:
+    def local_report(self, loss_sum: Tensor, stop: Tensor) -> Tensor:
         """What the processes tell each other in a step: float64 [2 + dp].
 
         The sum of losses, whether this process wants to stop, and one flag per process that is set where its
         own loss or gradients are not finite (after the reduction everybody's would be).
         """
         report = torch.zeros(2 + self.mesh.world_size, dtype=torch.float64, device=self.mesh.device)
-        finite = torch.isfinite(loss_sum) & self.state.local_finite()
+        finite = is_finite(loss_sum) & self.state.local_finite()
         report[0] = loss_sum if self.mesh.tp.rank == 0 else 0.0  # tensor-parallel ranks score the same labels
-        report[1] = float(stop.requested)
+        report[1] = stop
         report[2 + self.mesh.rank] = (~finite).double()
         return report
 
@@ -216,7 +246,7 @@ class Trainer:
         )
 
 
-def count_valid_tokens(batches: list[MicroBatch]) -> Tensor:
+def count_valid_tokens(batches: Sequence[MicroBatch]) -> Tensor:
     """Labels that carry loss, over micro-batches: int64 scalar on the device."""
     return torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in batches]).sum()
 

@@ -108,6 +108,21 @@ def test_packed_documents_equal_each_alone(options: dict[str, Any], backend: str
 
 
 @pytest.mark.parametrize("backend", ALL)
+def test_empty_documents_change_nothing(backend: str) -> None:
+    """Batches are padded with them to one number of documents: the same bits, whatever the bound of the lengths."""
+    leaves = [random(150, 4, 16, seed=i).requires_grad_() for i in range(3)]
+    bounds, results = [0, 40, 100, 140, 150], []
+    with mk.use_backend(backend):
+        for ends, longest in (([], 60), ([150] * 59, 128), ([150], 150)):
+            cu_seqlens = torch.tensor(bounds + ends, dtype=torch.int32)
+            out = mk.attention(*leaves, cu_seqlens=cu_seqlens, max_seqlen=longest, window=30)
+            assert isinstance(out, Tensor)
+            results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_documents_do_not_leak(dtype: torch.dtype, backend: str) -> None:
     """Other contents of one document, non-finite ones too, change no bit of another: outputs and gradients."""

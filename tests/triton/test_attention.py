@@ -245,7 +245,10 @@ def test_max_seqlen_may_be_unknown() -> None:
     with mk.use_backend("triton"):
         known = mk.attention(q, q, q, cu_seqlens=bounds, max_seqlen=33)
         unknown = mk.attention(q, q, q, cu_seqlens=bounds)
+        # As a batch is brought to a fixed number of documents and a fixed bound of their lengths.
+        padded = mk.attention(q, q, q, cu_seqlens=torch.cat([bounds, bounds[-1:].repeat(2)]), max_seqlen=48)
     assert torch.equal(known, unknown)
+    assert torch.equal(known, padded)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
