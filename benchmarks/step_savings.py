@@ -41,6 +41,16 @@ PLAIN = ("sdpa", "reference")
 class Arguments(Throughput):
     """Compare the step's gain with the sum of the ops' gains."""
 
+    preset: str = "tiny"
+    """Model preset."""
+    seq_length: int = 256
+    """Tokens per sample."""
+    micro_batch_size: int = 16
+    """Samples per forward and backward pass."""
+    precision: str = "auto"
+    """bf16, fp32, or auto: bf16 where its matrix product is worth it."""
+    document_tokens: int = 1000
+    """Mean length of documents, at whose ends attention ends."""
     steps: int = 12
     """Measured steps of each kind."""
     warmup: int = 2

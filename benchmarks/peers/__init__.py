@@ -1,0 +1,3 @@
+"""Other trainers at the same shape, weights, batches and optimizer: what our throughput is compared with."""
+
+from __future__ import annotations
