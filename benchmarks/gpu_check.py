@@ -7,6 +7,9 @@ time limit, under ten minutes together; a part that fails or hangs does not stop
 into the output folder, one record per process in gpu_check.jsonl, with card, driver, versions and commit. Exits
 with 1 if anything failed, with 2 if there is no GPU.
 
+The parts throughput-124m, throughput-1.5b and throughput-llama, run when they are asked for by name, compare trainers
+by `train_throughput.py`; their records go to throughput.jsonl, and they need what training needs.
+
 `--device cpu` rehearses the same steps on the CPU.
 """
 
@@ -24,14 +27,23 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "kernels")) if path not in sys.path]
 
 PART_LIMIT_S = 570.0
 """Of one part: a call of ten minutes holds it."""
+THROUGHPUT = {
+    "throughput-124m": ["--preset", "gpt2-124m", "--micro-batch-size", "16"],
+    "throughput-1.5b": ["--preset", "gpt2-1.5b", "--micro-batch-size", "4"],
+    "throughput-llama": ["--preset", "llama3.2-3b", "--micro-batch-size", "2"],
+}
+"""Part → model and batch on which trainers are compared; 3.2B parameters with their state take 58 GB."""
 PARTS = ("build", "doctor", "tests", "bench")
+"""Run by default; those of `THROUGHPUT` need more packages, and are asked for by name."""
+TRAINING = ("tyro", "rich", "tokenizers", "safetensors")
+"""What those import besides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +89,25 @@ def steps(part: str, device: str, out: Path) -> Iterator[Step]:
     elif part == "bench":
         kernels = [python, "-m", "benchmarks.kernels", "--device", device, "--limit", str(PART_LIMIT_S - 30)]
         yield Step(part, "kernels", [*kernels, "--output", str(out / "kernels")], PART_LIMIT_S)
+    elif part in THROUGHPUT:
+        model = ["--preset", "tiny", "--vocab-size", "320"] if device == "cpu" else THROUGHPUT[part]
+        command = [
+            python,
+            "benchmarks/train_throughput.py",
+            *model,
+            "--device",
+            device,
+            "--precision",
+            precision(),
+        ]
+        yield Step(part, "trainers", [*command, "--output", str(out / "throughput.jsonl")], PART_LIMIT_S)
+
+
+def precision() -> str:
+    """fp8, in which run ours is timed in bf16 too, where the trainer has it; else bf16."""
+    from megalite.config import TrainConfig
+
+    return "fp8" if "fp8" in get_args(get_type_hints(TrainConfig)["precision"]) else "bf16"
 
 
 def unbuildable() -> str | None:
@@ -124,8 +155,14 @@ def last_line(path: Path) -> str:
 def run_part(part: str, device: str, out: Path) -> Iterator[Result]:
     """Run a part's steps within its time."""
     reason = unbuildable() if part == "build" else None
+    if part in THROUGHPUT and (
+        missing := [name for name in TRAINING if importlib.util.find_spec(name) is None]
+    ):
+        reason = f"training needs {', '.join(missing)}, not installed"
     if reason is not None:
-        yield Result(part, "native library", True, 0.0, f"skipped: {reason}")
+        yield Result(
+            part, "trainers" if part in THROUGHPUT else "native library", True, 0.0, f"skipped: {reason}"
+        )
         return
     deadline = time.monotonic() + PART_LIMIT_S
     for step in steps(part, device, out):
@@ -156,13 +193,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gpu_check", description="Check and time every kernel on a GPU.")
     parser.add_argument("--out", type=Path, required=True, help="folder for results, made if it is missing")
     parser.add_argument(
-        "--parts", default=",".join(PARTS), help=f"comma-separated; {','.join(PARTS)} by default"
+        "--parts",
+        default=",".join(PARTS),
+        help=f"comma-separated; {','.join(PARTS)} by default; also {','.join(THROUGHPUT)}",
     )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: a rehearsal")
     arguments = parser.parse_args(argv)
     parts = [part.strip() for part in arguments.parts.split(",") if part.strip()]
-    if unknown := [part for part in parts if part not in PARTS]:
-        parser.error(f"part {unknown[0]!r} is not known: use some of {', '.join(PARTS)}")
+    if unknown := [part for part in parts if part not in (*PARTS, *THROUGHPUT)]:
+        known = ", ".join((*PARTS, *THROUGHPUT))
+        parser.error(f"part {unknown[0]!r} is not known: use some of {known}")
     import torch
 
     if arguments.device == "cuda" and not torch.cuda.is_available():

@@ -57,6 +57,8 @@ class Arguments(Throughput):
     """Steps of each kind before."""
     rounds: int = 15
     """Timed calls of each op on each side."""
+    output: str = ""
+    """JSONL file to append the record to."""
 
 
 class Recorder(TorchDispatchMode):

@@ -6,9 +6,10 @@
 Every contender runs in a process of its own, from the same initial weights, on the same batches of random tokens,
 with the same AdamW. First their losses over a few steps must agree (a contender whose losses differ is named and not
 timed); then they take turns of a few steps, so that a slow moment of the machine hits all of them, and only one works
-at a time. The best matrix product of the device is measured between the turns. Ours is the trainer itself: loader,
-clipping, guard and all. Peers that are not installed are listed with the command that installs them; several
-processes (torchrun) run ours only.
+at a time. Models too large to be in memory that often run one after the other; the record says so. The best matrix
+product of the device is measured between the turns. Ours is the trainer itself: loader, clipping, guard and all.
+Peers that are not installed are listed with the command that installs them; several processes (torchrun) run ours
+only.
 
 Memory on CPUs is VmHWM over the measured steps minus what the process held before the model was built, when a tiny
 model of the same kind had taken two steps; on GPUs it is the allocator's peak.
@@ -36,7 +37,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.peers.compare import Plan, compare
+from benchmarks.peers.compare import Plan, compare, fits
 from benchmarks.peers.contenders import select
 from benchmarks.peers.job import Job, cores, write_data, write_weights
 from benchmarks.peers.layout import measure_layout
@@ -147,6 +148,7 @@ def measure(arguments: Comparison, folder: Path, command: str) -> dict[str, Any]
         write_data(job, arguments.document_tokens)
         if any(c.kind == "peer" for c in chosen):
             write_weights(job)
+        plan = dataclasses.replace(plan, in_turns=fits(job, len(chosen)))
         rows, failed, gemms = compare(
             chosen, job, plan, folder, lambda line: print(line, file=sys.stderr, flush=True)
         )

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.peers import memory
 from benchmarks.peers.contenders import Contender
 from benchmarks.peers.job import Job
 from benchmarks.peers.processes import Worker, WorkerError
 from benchmarks.peers.worker import GEMMS
+from megalite.models.families import piece_shapes
 
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-3, "fp8": 2e-2}
 """Largest relative difference of any of the first losses from those of the first contender. Seen on llama-60m in bf16:
@@ -31,6 +35,8 @@ class Plan:
     rounds: int
     """Turns of each contender."""
     steps_per_round: int
+    in_turns: bool = True
+    """Everybody stays in memory and takes turns; else one after the other, each with all of its turns."""
 
     @property
     def total(self) -> int:
@@ -69,27 +75,30 @@ def compare(
         A record of each contender, (name, reason) of each that was not timed, and name → TFLOP/s of the products.
     """
     failed: list[dict[str, str]] = []
-    gemms: dict[str, float] = {}
     with contextlib.ExitStack() as stack:
-        entries: list[Entry] = []
-        for contender in chosen:
-            entry = _start(contender, job, plan, logs, stack)
-            reason = entry if isinstance(entry, str) else difference(entry, entries, job)
-            if reason:
-                failed.append({"name": contender.name, "reason": reason})
-                say(f"{contender.name}: not timed: {reason}")
-            if isinstance(entry, Entry):
-                if reason:
-                    entry.worker.__exit__(None, None, None)
-                    continue
-                entries.append(entry)
-                first, last = entry.losses[0], entry.losses[-1]
-                say(
-                    f"{contender.name}: first step {entry.first_step_ms / 1e3:.1f} s, loss {first:.4f} to {last:.4f}"
-                )
         products = stack.enter_context(Worker(GEMMS, job, logs / "gemms.log"))
         products.ready()
-        for number in range(plan.rounds):
+        gemms: dict[str, float] = products.ask(do="gemms")["gemms"]
+        entries: list[Entry] = []
+        for contender in chosen:
+            own = stack.enter_context(contextlib.ExitStack())
+            try:
+                entry = _start(contender, job, plan, logs, own)
+                if reason := difference(entry, entries, job):
+                    raise WorkerError(reason)
+                first, last = entry.losses[0], entry.losses[-1]
+                took = entry.first_step_ms / 1e3
+                say(f"{contender.name}: first step {took:.1f} s, loss {first:.4f} to {last:.4f}")
+                if not plan.in_turns:
+                    for number in range(plan.rounds):
+                        _turn(entry, plan, first=number == 0)
+                    own.close()
+                entries.append(entry)
+            except WorkerError as error:
+                failed.append({"name": contender.name, "reason": str(error)})
+                say(f"{contender.name}: not timed: {error}")
+                own.close()
+        for number in range(plan.rounds if plan.in_turns else 0):
             gemms = products.ask(do="gemms")["gemms"]
             for entry in list(entries):
                 try:
@@ -98,6 +107,7 @@ def compare(
                     failed.append({"name": entry.contender.name, "reason": str(error)})
                     entries.remove(entry)
             say(f"round {number + 1} of {plan.rounds} done")
+        gemms = products.ask(do="gemms")["gemms"]
     return [_record(entry, job, plan) for entry in entries], failed, gemms
 
 
@@ -106,14 +116,24 @@ def _start(
 ) -> Entry | str:
     """The contender after the steps whose losses are compared, or why it is not there."""
     worker = stack.enter_context(Worker(contender.name, job, logs / f"{contender.name}.log"))
-    try:
-        worker.ready()
-        answer = worker.ask(do="steps", count=plan.compared)
-    except WorkerError as error:
-        return str(error)
+    worker.ready()
+    answer = worker.ask(do="steps", count=plan.compared)
     entry = Entry(contender, worker, answer["losses"], answer["step_ms"][0])
     _rest(entry, answer)
     return entry
+
+
+def fits(job: Job, count: int) -> bool:
+    """Whether the state of so many contenders leaves a third of the memory for the one that works.
+
+    18 bytes a parameter: weights, fp32 gradients and masters, two moments.
+    """
+    size = sum(math.prod(shape) for shape in piece_shapes(job.model).values())
+    if job.device == "cuda":
+        whole = torch.cuda.get_device_properties(0).total_memory
+    else:
+        whole = memory.available_bytes()
+    return not whole or 18 * size * count < 2 / 3 * whole
 
 
 def _rest(entry: Entry, answer: dict[str, Any]) -> None:
@@ -130,7 +150,8 @@ def difference(entry: Entry, others: list[Entry], job: Job) -> str:
     """How the contender's losses differ from those of the first one; empty if they agree."""
     if not others:
         return ""
-    reference, bound = others[0], TOLERANCES[job.precision]
+    precision = "fp8" if entry.contender.precision == "fp8" else "fp32" if job.precision == "fp32" else "bf16"
+    reference, bound = others[0], TOLERANCES[precision]
     pairs = list(zip(entry.losses, reference.losses, strict=True))
     worst = max(abs(a - b) / abs(b) if a == a else float("inf") for a, b in pairs)
     if worst <= bound:

@@ -133,7 +133,8 @@ def _peers(hugging_face: str, own: str, form: str) -> Iterator[Contender]:
         return
     yield library(
         name=f"megatron-core{end}", description=f"megatron-core's GPTModel, local layers, sdpa, eager; {how}",
-        build=libraries.megatron, needs="megatron", install=f"{pip} megatron-core==0.16.1",
+        build=libraries.megatron, refuse=libraries.no_stretch, needs="megatron",
+        install=f"{pip} megatron-core==0.16.1",
     )  # fmt: skip
 
 

@@ -230,6 +230,14 @@ def only_llama(config: ModelConfig) -> str:
     return ""
 
 
+def no_stretch(config: ModelConfig) -> str:
+    """Why megatron-core cannot be this model as it is built here; empty if it can."""
+    for name in ("rope_scaling", "sliding_window"):
+        if getattr(config, name):
+            return f"{name} is not set up for it, and the preset has one"
+    return ""
+
+
 def anything(config: ModelConfig) -> str:
     """No objection."""
     return ""

@@ -65,6 +65,7 @@ def make_record(
         "processes": world,
         "threads": job.threads,
         "clock": job.clock,
+        "in_turns": plan.in_turns,
         "rounds": plan.rounds,
         "steps_per_round": plan.steps_per_round,
         "device": device if job.device == "cuda" else "cpu",
