@@ -163,7 +163,8 @@ class OpClock(TorchDispatchMode):
         """Run `wait`, and stamp it as a wait for `work`."""
         now = self.clock.now
         entered = now()
-        _, axis, kind = self._works.pop(id(work), (None, "all", "collective"))
+        # What the step before has started is the gather of new weights.
+        _, axis, kind = self._works.pop(id(work), (None, "dp", "collective"))
         start = now()
         out = wait()
         end = now()

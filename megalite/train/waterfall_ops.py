@@ -136,6 +136,7 @@ TABLE: dict[str, Op] = {
                 "rms_norm_fwd", "rms_norm_residual_fwd", "rms_norm_bwd", "rope_fwd", "rope_", "rope_norm_fwd",
                 "rope_norm_bwd",
             )),
+            *("fsdp." + name for name in ("all_gather_copy_in", "chunk_cat", "split_with_sizes_copy")),
             *("aten." + name for name in (
                 "_foreach_add_", "_foreach_copy_", "_foreach_mul_", "_foreach_norm", "_foreach_zero_",
                 "_fused_rms_norm", "_assert_async",

@@ -152,8 +152,18 @@ class Stopwatch:
         self.measured.clocked.append(take_apart(stamps, self.clock, self.transit_ms))
 
     def profiled(self) -> None:
-        """One step under torch.profiler."""
-        step, timer = profile_step(self._train_step, self.device, self.sizes)
+        """One step under torch.profiler.
+
+        The weights that travel between steps arrive within it: torch's process groups crash if the profiler that
+        saw a collective start is gone when it ends.
+        """
+        self.trainer.state.settle()
+
+        def settled() -> None:
+            self._train_step()
+            self.trainer.state.settle()
+
+        step, timer = profile_step(settled, self.device, self.sizes)
         with self._timer(timer):
             self.measured.profiled.append(step())
 
