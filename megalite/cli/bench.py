@@ -57,6 +57,12 @@ def main(argv: list[str]) -> int:
     """Run the command; returns the exit code."""
     arguments, config = parse_run(BenchArguments, argv, prog="megalite bench")
     arguments = _settle(arguments)
+    if arguments.explain and (config.train.compile or config.train.cuda_graph):
+        name = "compile" if config.train.compile else "cuda_graph"
+        raise UserError(
+            f"train.{name}=true: the waterfall stamps ops one by one, which a graph does not show. Explain the run "
+            "without it, and time it without --explain"
+        )
     from megalite.parallel.failure import ends_together
     from megalite.parallel.mesh import close_mesh, make_mesh
 

@@ -25,11 +25,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megalite.train.flops import FlopsPerToken
+from megalite.train.flops import FlopsPerToken, Peak
 from megalite.train.waterfall_clock import Clock, Stamp, StepStamps, own_ms
 from megalite.train.waterfall_ops import (
     ATTENTION,
     COMMUNICATION,
+    FP8_PRODUCT,
     GEMM,
     HEAD,
     HOST,
@@ -165,8 +166,15 @@ class Machine:
     peak_tflops: float
     """Of one device: the 100 %."""
     peak_source: str
+    peak_fp8_tflops: float = 0.0
+    """Of FP8 products, where the run makes them; 0: `peak_tflops`."""
     copy_bytes_per_s: float
     """Of a copy that no cache holds, reads and writes counted."""
+
+    @property
+    def peak(self) -> Peak:
+        """FLOP/s of one device."""
+        return Peak(self.peak_tflops * 1e12, (self.peak_fp8_tflops or self.peak_tflops) * 1e12)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,11 +262,8 @@ def build_waterfall(
     else:
         spent[HOST] = left
         spent[UNEXPLAINED] = step_ms - sum(spent.values())
-    per_ms = machine.peak_tflops * 1e9
-    terms = flops.terms
-    attention, head = 0.5 * terms["attention_full"], terms["head"]
-    ideal = {GEMM: flops.causal - attention - head, ATTENTION: attention, HEAD: head}
-    ideal = {key: value * tokens / per_ms for key, value in ideal.items()}
+    ideal = _ideal_ms(flops, tokens, machine)
+    whole = sum(ideal.values())
     parts = []
     for key, label in LABELS.items():
         lost = spent[key] - ideal.get(key, 0.0)
@@ -268,14 +273,24 @@ def build_waterfall(
                 floor_ms=_floor(times, key, machine), profiler_ms=(profiler_ms or {}).get(key),
             )
         )  # fmt: skip
-    needed = flops.causal * tokens
+    full = flops.full * tokens / flops.mixed_peak(flops.full, machine.peak) * 1e3
     counted = sum(o.flops for (_, part, _), o in times.ops.items() if part in WITH_IDEAL)
     return Waterfall(
-        step_ms=step_ms, ideal_ms=needed / per_ms, mfu_causal=needed / per_ms / step_ms,
-        mfu_full=flops.full * tokens / per_ms / step_ms, parts=tuple(parts), clock_ms=times.clock_ms,
-        clocked_step_ms=times.total_ms, machine=machine, flops_counted=counted, flops_model=needed,
+        step_ms=step_ms, ideal_ms=whole, mfu_causal=whole / step_ms, mfu_full=full / step_ms,
+        parts=tuple(parts), clock_ms=times.clock_ms,
+        clocked_step_ms=times.total_ms, machine=machine, flops_counted=counted, flops_model=flops.causal * tokens,
         ops=_list_ops(times), unknown_ops=tuple(sorted({name for name, part, _ in times.ops if part == OTHER})),
     )  # fmt: skip
+
+
+def _ideal_ms(flops: FlopsPerToken, tokens: float, machine: Machine) -> dict[str, float]:
+    """Part → FLOPs of the model over the peak, that of FP8 for products made in it."""
+    peak = machine.peak
+    attention, head = 0.5 * flops.terms["attention_full"], flops.terms["head"]
+    whole = flops.causal / flops.mixed_peak(flops.causal, peak)
+    seconds = {ATTENTION: attention / peak.main, HEAD: head / peak.main}
+    seconds[GEMM] = whole - sum(seconds.values())
+    return {key: 1e3 * value * tokens for key, value in seconds.items()}
 
 
 def _floor(times: StepTimes, key: str, machine: Machine) -> float | None:
@@ -298,7 +313,9 @@ def _list_ops(times: StepTimes) -> tuple[dict[str, Any], ...]:
 def best_product_tflops(times: StepTimes) -> float:
     """The best rate of a kind of matrix product in the step, of those that take 1 % of it: ours count for the peak."""
     large = [
-        o for (_, part, f), o in times.ops.items() if part == GEMM and f and o.ms > 0.01 * times.total_ms
+        o
+        for (name, part, f), o in times.ops.items()
+        if part == GEMM and f and name != FP8_PRODUCT and o.ms > 0.01 * times.total_ms
     ]
     return max((o.flops / o.ms / 1e9 for o in large), default=0.0)
 

@@ -16,6 +16,8 @@ from torch import Tensor
 GEMM, ATTENTION, HEAD, MEMORY, OPTIMIZER = "gemm", "attention", "head", "memory", "optimizer"
 COMMUNICATION, HOST, OTHER, NONE = "communication", "host", "other", "none"
 """Kinds of ops. `NONE` is a mark in the stream of ops that costs nothing to speak of."""
+FP8_PRODUCT = "megalite.fp8_product"
+"""Held to a peak of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,11 @@ def _product(left: int, right: int) -> Flops:
 def _linear(args: Sequence[Any], sizes: Sizes) -> float:
     """x [.., I] and weight [O, I]."""
     return 2.0 * args[0].numel() * args[1].shape[0]
+
+
+def _fp8(args: Sequence[Any], sizes: Sizes) -> float:
+    """a [M, K] and b [N, K], each followed by its scale."""
+    return 2.0 * args[0].numel() * args[2].shape[0]
 
 
 def _dgrad(args: Sequence[Any], sizes: Sizes) -> float:
@@ -106,6 +113,7 @@ TABLE: dict[str, Op] = {
     "megalite.linear_fwd": Op(GEMM, _linear),
     "megalite.linear_dgrad": Op(GEMM, _dgrad),
     "megalite.linear_weight_grad_": Op(GEMM, _wgrad),
+    FP8_PRODUCT: Op(GEMM, _fp8),
     # Attention.
     "megalite.attention_fwd": Op(ATTENTION, _attention(0, 1.0)),
     "megalite.attention_bwd": Op(ATTENTION, _attention(2, 2.0)),
@@ -134,7 +142,8 @@ TABLE: dict[str, Op] = {
                 "activation_fwd", "activation_bwd", "glu_fwd", "glu_bwd", "glu_pair_fwd", "glu_pair_bwd",
                 "embedding_bwd", "embedding_bwd_", "layer_norm_fwd", "layer_norm_residual_fwd", "layer_norm_bwd",
                 "rms_norm_fwd", "rms_norm_residual_fwd", "rms_norm_bwd", "rope_fwd", "rope_", "rope_norm_fwd",
-                "rope_norm_bwd",
+                "rope_norm_bwd", "fp8_cast", "fp8_cast_transposed", "fp8_quantize_columns", "fp8_quantize_rows",
+                "fp8_tensor_scale",
             )),
             *("fsdp." + name for name in ("all_gather_copy_in", "chunk_cat", "split_with_sizes_copy")),
             *("aten." + name for name in (

@@ -26,6 +26,7 @@ def as_record(result: Bench, facts: Mapping[str, Any]) -> dict[str, Any]:
         "tokens_per_step": result.tokens_per_step,
         "clock": result.clock,
         "peak_tflops": result.machine.peak_tflops,
+        "peak_fp8_tflops": result.machine.peak_fp8_tflops or None,
         "peak_source": result.machine.peak_source,
         "copy_bytes_per_s": result.machine.copy_bytes_per_s,
         "losses": list(result.losses),

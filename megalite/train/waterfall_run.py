@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megalite.config import RunConfig
 from megalite.parallel.collectives import barrier, broadcast_object, gather_objects
-from megalite.train.flops import table_peak_tflops
+from megalite.train.flops import peak_flops, table_peak_tflops
 from megalite.train.setup import Session
 from megalite.train.timer import StepTimer, read_ms
 from megalite.train.waterfall import (
@@ -235,10 +235,13 @@ def bench(session: Session, plan: Plan, say: Callable[[str], None] = lambda text
             events=mesh.device.type == "cuda", data_ms=data_ms, profiler_ms=profiler,
         )  # fmt: skip
     rate = _tokens(config) / p50 * 1e3
-    per_flop = rate / (machine.peak_tflops * 1e12 * mesh.world_size)
+    mfu = [
+        rate / mesh.world_size * total / session.flops.mixed_peak(total, machine.peak)
+        for total in (session.flops.causal, session.flops.full)
+    ]
     return Bench(
-        tokens_per_step=_tokens(config), tokens_per_s=rate, mfu_causal=per_flop * session.flops.causal,
-        mfu_full=per_flop * session.flops.full, step_ms=(low, p50, high), measured_steps=len(plain),
+        tokens_per_step=_tokens(config), tokens_per_s=rate, mfu_causal=mfu[0],
+        mfu_full=mfu[1], step_ms=(low, p50, high), measured_steps=len(plain),
         losses=tuple(measured.losses), machine=machine, clock=make_clock(mesh.device, process=plan.process).kind,
         waterfall=waterfall,
     )  # fmt: skip
@@ -252,10 +255,10 @@ def _measure_machine(session: Session) -> Machine:
     device, dtype = session.trainer.mesh.device, session.precision.dtype
     bandwidth = copy_bandwidth(device.type)
     table = table_peak_tflops(device)
+    fp8 = peak_flops(session.precision, device).fp8 / 1e12 if session.precision.gemm_fp8_tflops else 0.0
+    others = {"peak_fp8_tflops": fp8, "copy_bytes_per_s": bandwidth}
     if table is not None:
-        return Machine(
-            peak_tflops=table, peak_source="vendor's dense bf16 figure", copy_bytes_per_s=bandwidth
-        )
+        return Machine(peak_tflops=table, peak_source="vendor's dense bf16 figure", **others)
     rates = product_rates(session.config, device, dtype)
     name = max(rates, key=rates.__getitem__)
     best, source = rates[name], f"measured: matrix product {name}"
@@ -264,7 +267,7 @@ def _measure_machine(session: Session) -> Machine:
             session.precision.gemm_peak_tflops,
             "measured at the start of the run: square matrix products",
         )
-    return Machine(peak_tflops=best, peak_source=source, copy_bytes_per_s=bandwidth)
+    return Machine(peak_tflops=best, peak_source=source, **others)
 
 
 def product_rates(config: RunConfig, device: torch.device, dtype: torch.dtype) -> dict[str, float]:

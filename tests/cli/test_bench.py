@@ -89,6 +89,7 @@ def test_waterfall_in_every_form(
         (["--rounds", "0"], "--rounds 0 and --bench-warmup 2 must be at least 1"),
         (["--draw", "a.jpg"], "--draw a.jpg: a drawing ends in .png, .svg or .pdf"),
         (["--record", "nowhere"], "--record nowhere: there is no such run folder"),
+        (["--explain", "--train.compile"], "train.compile=true: the waterfall stamps ops one by one"),
         (["--clock", "process", "--parallel.tp", "2"], "parallel.tp=2"),
     ],
 )
