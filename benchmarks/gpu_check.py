@@ -1,4 +1,4 @@
-"""Every kernel on this machine's NVIDIA GPU: contracts, the test catalogue, and the benchmarks.
+"""Every kernel on this machine's NVIDIA GPU: contracts, the test catalogue, the benchmarks, and training steps.
 
     PYTHONPATH=.:kernels python benchmarks/gpu_check.py --out results [--parts tests]
 
@@ -41,7 +41,9 @@ THROUGHPUT = {
 }
 """Part → model and batch on which trainers are compared; 3.2B parameters with their state take 58 GB."""
 PARTS = ("build", "doctor", "tests", "bench")
-"""Run by default; those of `THROUGHPUT` need more packages, and are asked for by name."""
+"""Run by default."""
+NAMED = ("train", *THROUGHPUT)
+"""Parts that train, which needs more packages: asked for by name."""
 TRAINING = ("tyro", "rich", "tokenizers", "safetensors")
 """What those import besides."""
 
@@ -89,6 +91,10 @@ def steps(part: str, device: str, out: Path) -> Iterator[Step]:
     elif part == "bench":
         kernels = [python, "-m", "benchmarks.kernels", "--device", device, "--limit", str(PART_LIMIT_S - 30)]
         yield Step(part, "kernels", [*kernels, "--output", str(out / "kernels")], PART_LIMIT_S)
+    elif part == "train":
+        for file in ("tests/train/test_step_on_gpu.py", "tests/data/test_copying.py"):
+            command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+            yield Step(part, Path(file).stem, command, 280)
     elif part in THROUGHPUT:
         model = ["--preset", "tiny", "--vocab-size", "320"] if device == "cpu" else THROUGHPUT[part]
         command = [
@@ -155,14 +161,10 @@ def last_line(path: Path) -> str:
 def run_part(part: str, device: str, out: Path) -> Iterator[Result]:
     """Run a part's steps within its time."""
     reason = unbuildable() if part == "build" else None
-    if part in THROUGHPUT and (
-        missing := [name for name in TRAINING if importlib.util.find_spec(name) is None]
-    ):
+    if part in NAMED and (missing := [name for name in TRAINING if importlib.util.find_spec(name) is None]):
         reason = f"training needs {', '.join(missing)}, not installed"
     if reason is not None:
-        yield Result(
-            part, "trainers" if part in THROUGHPUT else "native library", True, 0.0, f"skipped: {reason}"
-        )
+        yield Result(part, "trainers" if part in NAMED else "native library", True, 0.0, f"skipped: {reason}")
         return
     deadline = time.monotonic() + PART_LIMIT_S
     for step in steps(part, device, out):
@@ -195,13 +197,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--parts",
         default=",".join(PARTS),
-        help=f"comma-separated; {','.join(PARTS)} by default; also {','.join(THROUGHPUT)}",
+        help=f"comma-separated; {','.join(PARTS)} by default; also {','.join(NAMED)}",
     )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: a rehearsal")
     arguments = parser.parse_args(argv)
     parts = [part.strip() for part in arguments.parts.split(",") if part.strip()]
-    if unknown := [part for part in parts if part not in (*PARTS, *THROUGHPUT)]:
-        known = ", ".join((*PARTS, *THROUGHPUT))
+    if unknown := [part for part in parts if part not in (*PARTS, *NAMED)]:
+        known = ", ".join((*PARTS, *NAMED))
         parser.error(f"part {unknown[0]!r} is not known: use some of {known}")
     import torch
 

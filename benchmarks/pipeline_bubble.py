@@ -40,8 +40,8 @@ from megalite.parallel.collectives import barrier, gather_objects, receive, send
 from megalite.parallel.mesh import Axis, Mesh, mesh_of_group
 from megalite.parallel.random import initialize
 from megalite.parallel.simulate import StageTimes, Timeline, simulate
+from megalite.train.process import environment
 from megalite.train.replica import build_replica
-from megalite.train.setup import environment
 from megalite_kernels.timing import device_name
 
 

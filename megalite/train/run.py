@@ -25,9 +25,10 @@ from megalite.parallel.collectives import barrier
 from megalite.parallel.mesh import Mesh
 from megalite.train.baselines import compute_baselines
 from megalite.train.flops import table_peak_tflops
+from megalite.train.process import environment
 from megalite.train.report import write_report
 from megalite.train.runlog import RunLog, read_records
-from megalite.train.setup import Session, build_session, environment, prepare_process
+from megalite.train.setup import Session, build_session, prepare_process
 from megalite_kernels import explain
 
 PROFILED_STEPS = range(3, 6)

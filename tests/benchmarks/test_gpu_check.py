@@ -68,7 +68,7 @@ def test_the_catalogue_and_the_doctor_are_told_the_device(tmp_path: Path) -> Non
     assert "test_isa" not in {step.name for step in tests}
     assert {step.name for step in tests} >= {"test_norms", "test_attention", "test_support"}
     assert all(step.environment == {"MEGALITE_TEST_DEVICE": "cuda"} for step in tests)
-    for part in (*gpu_check.PARTS, *gpu_check.THROUGHPUT):
+    for part in (*gpu_check.PARTS, *gpu_check.NAMED):
         every = list(gpu_check.steps(part, "cuda", tmp_path))
         assert every
         assert all(step.limit_s < 600 for step in every)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,10 @@ from megalite.data.loader import MicroBatch, pack
 from megalite.errors import UserError
 from megalite.parallel.data import FlatBuffers
 from megalite.parallel.gradients import get_sink
+from megalite.parallel.mesh import Mesh
+from megalite.train.replay import replay
+from megalite.train.run import run_pretraining
+from tests.helpers.tiny import make_dataset, read_losses, tiny_config
 from tests.parallel.layouts import MODELS
 from tests.parallel.replicas import make_replica, parts_of
 from tests.parallel.training import descend, valid_labels
@@ -36,12 +41,14 @@ def batch(starts: tuple[int, ...], seed: int) -> MicroBatch:
 
 
 def train(
-    config: ModelConfig, backend: str, dtype: torch.dtype = torch.float32, recompute: str = "none"
+    config: ModelConfig, backend: str, dtype: torch.dtype | str = torch.float32, recompute: str = "none"
 ) -> tuple[list[Tensor], list[int]]:
     """Losses, gradients and weights of all steps; and how many graphs were made until the end of each step."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     more: dict[str, Any] = {"compile_backend": backend, "recompute": RECOMPUTE[recompute]}
+    if isinstance(dtype, str):
+        dtype, more["fp8"] = torch.bfloat16, "rowwise"
     replica = make_replica(ParallelConfig(), config, dtype, TOKENS, **more)
     seen, graphs = [], []
     for step, micro_batches in enumerate(STEPS):
@@ -62,9 +69,12 @@ def train(
         ("qwen3-tied", torch.float32, "full"),
         pytest.param("gpt2", torch.float32, "none", marks=pytest.mark.slow),
         pytest.param("llama", torch.bfloat16, "selective", marks=pytest.mark.slow),
+        pytest.param("llama", "fp8", "none", marks=pytest.mark.slow),
     ],
 )
-def test_every_gradient_has_the_bits_of_the_uncompiled(name: str, dtype: torch.dtype, recompute: str) -> None:
+def test_every_gradient_has_the_bits_of_the_uncompiled(
+    name: str, dtype: torch.dtype | str, recompute: str
+) -> None:
     """Three steps of two micro-batches, through main gradients; three layers share the graphs of two."""
     config = dataclasses.replace(MODELS[name], num_layers=3)
     eager, none = train(config, "", dtype, recompute)
@@ -152,3 +162,22 @@ def test_what_does_not_compile_is_refused() -> None:
     for layout, named in (({"tp": 2}, "parallel.tp=2"), ({"zero": 3}, "parallel.zero=3")):
         with pytest.raises(UserError, match=f"train.compile=true does not go with {named}"):
             RunConfig(train=train, parallel=ParallelConfig(**layout))
+
+
+@pytest.mark.slow
+def test_a_compiled_run_validates_samples_and_replays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its losses are those of the uncompiled one; what is not a training step runs uncompiled."""
+    monkeypatch.setattr("megalite.train.flops.measure_gemm_tflops", lambda *_, **__: 0.1)
+    monkeypatch.setattr("megalite.train.run.write_report", lambda run_dir: run_dir / "report.html")
+    mesh, data = Mesh(device=torch.device("cpu")), make_dataset(tmp_path / "set")
+    losses = []
+    for compiled in (False, True):
+        config = tiny_config(data, tmp_path / str(compiled), train={"compile": compiled, "steps": 6})
+        outcome = run_pretraining(config, mesh, command="test", config_toml=lambda config: "")
+        assert outcome.result["val_loss"] > 0
+        losses.append(list(read_losses(tmp_path / str(compiled)).values()))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    findings, _ = replay(config, mesh, 5)
+    assert findings.loss == pytest.approx(losses[1][4], rel=1e-5)
