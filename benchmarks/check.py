@@ -26,6 +26,7 @@ from benchmarks.kernels.__main__ import benchmarks, with_paths
 from benchmarks.records import RESULTS, Machine, Record, machine_of, read
 from benchmarks.targets import Target, kernel_targets, throughput_targets
 
+ROOT = Path(__file__).resolve().parents[1]
 FLOOR = 0.10
 """Least part by which a ratio may fall: the same code, measured twice in quiet minutes, differs by up to 5 %."""
 CEILING = 0.30
@@ -113,7 +114,13 @@ def run(target: Target) -> list[Record]:
         print(f"  {target.name}: {shlex.join(['python', *target.command])}", flush=True)
         try:
             ended = subprocess.run(
-                command, timeout=LIMIT_S, check=False, env=with_paths(), capture_output=True, text=True
+                command,
+                timeout=LIMIT_S,
+                check=False,
+                env=with_paths(),
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
             )
         except subprocess.TimeoutExpired as error:
             raise BenchmarkFailed(f"{target.name} took more than {LIMIT_S} s") from error

@@ -168,7 +168,8 @@ def throughput_facts(record: Record, allocators: Sequence[str]) -> str:
     if record.get("table_peak_tflops") is not None:
         facts.append(f"MFU of {record['table_peak_tflops']:,.0f} TFLOP/s ({record['peak_source']})")
     facts += [f"allocator {allocators[0]}"] if len(allocators) == 1 else []
-    facts.append(f"{record['rounds']} rounds of {record['steps_per_round']} steps, contenders in turns")
+    order = "in turns" if record.get("in_turns", True) else "one after the other"
+    facts.append(f"{record['rounds']} rounds of {record['steps_per_round']} steps, contenders {order}")
     if (apart := loss_difference(record)) is not None:
         facts.append(f"losses of the same steps within {percent(apart, 2)}")
     names = [contender["name"] for contender in record["contenders"]]

@@ -71,12 +71,13 @@ def test_a_comparison_of_trainers(tmp_path: Path) -> None:
     assert tables.render(made, tmp_path, "there") == made
 
 
-def test_losses_that_differ_and_other_allocators_are_said(tmp_path: Path) -> None:
-    record = throughput_record()
+def test_what_makes_a_comparison_weaker_is_said(tmp_path: Path) -> None:
+    record = throughput_record(in_turns=False)
     record["contenders"][1] |= {"losses": [10.4, 10.506], "allocator": "glibc"}
     write(tmp_path / "throughput.jsonl", [record])
     made = tables.render(MARKERS, tmp_path, ".")
     assert "losses of the same steps within 2.00 %" in made
+    assert "3 rounds of 4 steps, contenders one after the other;" in made
     assert "`plain-llama-compile-bf16w` (glibc) | 1,071" in made
 
 
