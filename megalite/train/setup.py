@@ -307,12 +307,13 @@ def check_same_run(stored: dict[str, Any], now: dict[str, Any], run_dir: Path) -
     Raises:
         UserError: naming every field that differs.
     """
-    differing = []
+    differing, defaults = [], to_dict(RunConfig())
     for key in sorted(stored.keys() | now.keys()):
         if key in FREE_TO_CHANGE[""]:
             continue
         old, new = stored.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
+            old = {**defaults[key], **old}  # what the stored run's version had no setting for
             free = FREE_TO_CHANGE.get(key, set())
             names = sorted((old.keys() | new.keys()) - free)
             differing += [

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 import megalite_kernels
-from megalite.config import IGNORE_INDEX, ParallelConfig, RunConfig
+from megalite.config import IGNORE_INDEX, ParallelConfig, RunConfig, TrainConfig
+from megalite.config_values import to_dict
 from megalite.data.loader import MicroBatch
 from megalite.errors import DivergedError, ExitCode, UserError
 from megalite.parallel.gradients import get_sink
@@ -19,7 +20,7 @@ from megalite.parallel.mesh import Mesh, mesh_of_group
 from megalite.train.replay import replay
 from megalite.train.run import run_pretraining
 from megalite.train.runlog import read_records
-from megalite.train.setup import Session, build_session
+from megalite.train.setup import Session, build_session, check_same_run
 from megalite.train.trainer import Trainer
 from tests.helpers.tiny import make_dataset, read_losses, tiny_config
 
@@ -376,6 +377,15 @@ def test_other_settings_are_another_run(dataset, tmp_path, changes, message):
     train(tiny_config(dataset, tmp_path / "run"))
     with pytest.raises(UserError, match=message):
         train(tiny_config(dataset, tmp_path / "run", **changes))
+
+
+def test_a_setting_that_the_stored_run_had_not_is_at_its_default(tmp_path):
+    now = to_dict(RunConfig(train=TrainConfig(fp8_scaling="tensorwise")))
+    stored = to_dict(RunConfig())
+    del stored["train"]["fp8_scaling"]
+    check_same_run(stored, to_dict(RunConfig()), tmp_path)
+    with pytest.raises(UserError, match=r"train.fp8_scaling: 'rowwise' then, 'tensorwise' now"):
+        check_same_run(stored, now, tmp_path)
 
 
 def test_another_tokenizer_is_refused(dataset, tmp_path):
