@@ -109,9 +109,10 @@ def ranks_job() -> tuple[list[bool], bool, str]:
         assert isinstance(state, FlatBuffers)
         order: list[str] = []
         note_order(state, order)
-        for step, starts in enumerate(STEPS):
+        for step in range(3):
             order.clear()
-            own = [batch(s, 10 * step + 2 * replica.mesh.dp.rank + n) for n, s in enumerate(starts)]
+            # The same documents, which saves a second compilation.
+            own = [batch((0, 5, 19), 10 * step + 2 * replica.mesh.dp.rank + number) for number in range(2)]
             replica.gradients(own, torch.tensor(1 / 128))
             early.append(len(state.reducer._running) == len(state.buckets))
             state.finish_gradients()
