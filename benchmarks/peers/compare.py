@@ -51,7 +51,7 @@ class Entry:
     contender: Contender
     worker: Worker
     losses: list[float] = dataclasses.field(default_factory=list)
-    first_step_ms: float = 0.0
+    first_step_s: float = 0.0
     times: list[float] = dataclasses.field(default_factory=list)
     answers: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
@@ -87,7 +87,7 @@ def compare(
                 if reason := difference(entry, entries, job):
                     raise WorkerError(reason)
                 first, last = entry.losses[0], entry.losses[-1]
-                took = entry.first_step_ms / 1e3
+                took = entry.first_step_s
                 say(f"{contender.name}: first step {took:.1f} s, loss {first:.4f} to {last:.4f}")
                 if not plan.in_turns:
                     for number in range(plan.rounds):
@@ -117,8 +117,11 @@ def _start(
     """The contender after the steps whose losses are compared, or why it is not there."""
     worker = stack.enter_context(Worker(contender.name, job, logs / f"{contender.name}.log"))
     worker.ready()
-    answer = worker.ask(do="steps", count=plan.compared)
-    entry = Entry(contender, worker, answer["losses"], answer["step_ms"][0])
+    answer = worker.ask(do="steps", count=1)
+    entry = Entry(contender, worker, answer["losses"], answer["seconds"])
+    if plan.compared > 1:
+        answer = worker.ask(do="steps", count=plan.compared - 1)
+        entry.losses += answer["losses"]
     _rest(entry, answer)
     return entry
 
@@ -184,7 +187,7 @@ def _record(entry: Entry, job: Job, plan: Plan) -> dict[str, Any]:
         "description": contender.description,
         **step_times(entry.times),
         "warmup_steps": plan.compared + plan.warmup,
-        "first_step_s": entry.first_step_ms / 1e3,
+        "first_step_s": entry.first_step_s,
         "peak_memory_bytes": peak,
         "state_bytes": last["state_bytes"],
         "memory_above_state_bytes": peak - last["state_bytes"],

@@ -18,6 +18,7 @@ from megalite_kernels.timing import device_name
 PACKAGES = ("transformers", "litgpt", "torchtitan", "megatron-core", "liger-kernel")
 MEMORY = {
     "cpu": "VmHWM over the measured steps minus VmRSS before the model was built, after two steps of a tiny one",
+    "ranks": "VmHWM over the measured steps minus VmRSS before the model was built, code loaded since then included",
     "cuda": "peak of torch's allocator over the measured steps",
 }
 
@@ -80,7 +81,7 @@ def make_record(
         "table_peak_tflops": table,
         "peak_source": "table of dense bf16 figures" if table else "measured matrix product",
         "loss_tolerance": TOLERANCES[job.precision],
-        "memory_source": MEMORY[job.device],
+        "memory_source": MEMORY["ranks" if world > 1 and job.device == "cpu" else job.device],
         "optimizer": to_dict(job.optimizer),
         "model": to_dict(job.model),
         "contenders": rows,
