@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from megalite.parallel.mesh import Axis
 from megalite.parallel.pieces import Box, Piece, boxes_of_range, iter_pieces
 from megalite.parallel.state import Kind, OptimizerShard
+from megalite_kernels.memory import zeros_in_huge_pages
 
 ALIGNMENT = 64
 PADDING = 128
@@ -155,12 +156,12 @@ def make_group(planned: list[list[Slot]], dtype: torch.dtype, shard: Axis, data_
     unit, wide = math.lcm(data_size, PADDING), wide_dtype(dtype)
     sizes = [-(-slots[-1].stop // unit) * unit for slots in planned]
     device = first.parameter.device
-    weights = torch.zeros(sum(sizes), dtype=dtype, device=device)
-    main_grad = torch.zeros(sum(sizes), dtype=wide, device=device)
+    weights = zeros_in_huge_pages(sum(sizes), dtype, device)
+    main_grad = zeros_in_huge_pages(sum(sizes), wide, device)
     owned = [size // shard.size for size in sizes]
     # In the compute type's own precision there is no second copy: the master is the owned part of the weights.
     kept = 2 if dtype == wide else 3
-    state = torch.zeros(kept, sum(owned), dtype=wide, device=device)
+    state = zeros_in_huge_pages(kept * sum(owned), wide, device).view(kept, sum(owned))
     decay, buckets, end, own_end = first.pieces[0].decay, [], 0, 0
     for slots, size, count in zip(planned, sizes, owned, strict=True):
         part = weights[end : end + size]
