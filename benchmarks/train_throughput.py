@@ -149,6 +149,8 @@ def measure(arguments: Comparison, folder: Path, command: str) -> dict[str, Any]
         if any(c.kind == "peer" for c in chosen):
             write_weights(job)
         plan = dataclasses.replace(plan, in_turns=fits(job, len(chosen)))
+        if not plan.in_turns:
+            print("not all fit in memory together: one after the other", file=sys.stderr)
         rows, failed, gemms = compare(
             chosen, job, plan, folder, lambda line: print(line, file=sys.stderr, flush=True)
         )

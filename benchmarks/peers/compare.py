@@ -129,14 +129,14 @@ def _start(
 def fits(job: Job, count: int) -> bool:
     """Whether the state of so many contenders leaves a third of the memory for the one that works.
 
-    18 bytes a parameter: weights, fp32 gradients and masters, two moments.
+    14 bytes a parameter while others work: weights, fp32 masters and two moments; peers give gradients back.
     """
     size = sum(math.prod(shape) for shape in piece_shapes(job.model).values())
     if job.device == "cuda":
         whole = torch.cuda.get_device_properties(0).total_memory
     else:
         whole = memory.available_bytes()
-    return not whole or 18 * size * count < 2 / 3 * whole
+    return not whole or 14 * size * count < 2 / 3 * whole
 
 
 def _rest(entry: Entry, answer: dict[str, Any]) -> None:

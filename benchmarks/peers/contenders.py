@@ -45,8 +45,10 @@ class Contender:
     """Of our own trainer, where it is not the run's."""
     keep_pages: bool = True
     """Takes the run's allocator setting; else glibc's default."""
-    in_default: bool = True
-    """Part of a run that names no contenders."""
+    cuda_graph: bool = False
+    """Of our own trainer."""
+    default_on: tuple[str, ...] = ("cpu", "cuda")
+    """Devices on which it is part of a run that names no contenders."""
 
     @property
     def kind(self) -> str:
@@ -80,7 +82,19 @@ def contenders(model: ModelConfig, precision: str) -> dict[str, Contender]:
             description=f"{OURS}; glibc maps and unmaps each large tensor",
             devices=("cpu",),
             keep_pages=False,
-            in_default=False,
+            default_on=(),
+        )
+    )
+    blocks = functools.partial(
+        Contender, compiled=True, precision="bf16" if precision == "fp8" else "", default_on=("cuda",)
+    )
+    found.append(blocks(name="megalite-compiled", description=f"{OURS}; torch.compile for each block"))
+    found.append(
+        blocks(
+            name="megalite-graph",
+            description=f"{OURS}; torch.compile for each block, steps as CUDA graphs",
+            cuda_graph=True,
+            devices=("cuda",),
         )
     )
     hugging_face = f"hf-{model.family}"
@@ -102,18 +116,17 @@ def _peers(hugging_face: str, own: str, form: str) -> Iterator[Contender]:
     how = WEIGHTS[form]
     end = f"-{form}" if form else ""
     autocast = form == "autocast"
+    once: tuple[str, ...] = () if autocast else ("cpu", "cuda")  # by default in one form only
     yield hf(name=f"{hugging_face}{end}", description=f"transformers, sdpa, eager; {how}", weights=form)
     yield hf(
         name=f"{hugging_face}-compile{end}", description=f"transformers, sdpa, torch.compile; {how}",
-        compiled=True, weights=form, in_default=not autocast,
+        compiled=True, weights=form, default_on=once,
     )  # fmt: skip
     yield hf(
         name=f"{hugging_face}-liger{end}", description=f"transformers with Liger's kernels; {how}", build=liger,
-        needs="liger_kernel", install=f"{pip} liger-kernel", devices=("cuda",), weights=form, in_default=not autocast,
+        needs="liger_kernel", install=f"{pip} liger-kernel", devices=("cuda",), weights=form, default_on=once[1:],
     )  # fmt: skip
-    yield mine(
-        name=f"{own}{end}", description=f"plain PyTorch, eager; {how}", weights=form, in_default=not autocast
-    )
+    yield mine(name=f"{own}{end}", description=f"plain PyTorch, eager; {how}", weights=form, default_on=once)
     yield mine(
         name=f"{own}-compile{end}",
         description=f"plain PyTorch, torch.compile; {how}",
@@ -122,12 +135,12 @@ def _peers(hugging_face: str, own: str, form: str) -> Iterator[Contender]:
     )
     yield library(
         name=f"litgpt{end}", description=f"litgpt's GPT, eager; {how}", build=libraries.litgpt,
-        refuse=libraries.only_llama, needs="litgpt", install=f"{pip} litgpt", in_default=not autocast,
+        refuse=libraries.only_llama, needs="litgpt", install=f"{pip} litgpt", default_on=once,
     )  # fmt: skip
     yield library(
         name=f"torchtitan{end}", description=f"torchtitan's Llama, sdpa, eager; {how}", build=libraries.torchtitan,
         refuse=libraries.only_llama, needs="torchtitan", install=f"{pip} torchtitan spmd_types",
-        in_default=not autocast,
+        default_on=once,
     )  # fmt: skip
     if autocast:  # Megatron's linear layers do not take part in it
         return
@@ -154,7 +167,11 @@ def select(names: Sequence[str], job: Job) -> tuple[list[Contender], list[dict[s
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise UserError(f"unknown contender {name!r}: {hint}Known: all, {', '.join(known)}")
-    asked = [c for c in known.values() if "all" in names or c.name in names or (not names and c.in_default)]
+    asked = [
+        c
+        for c in known.values()
+        if "all" in names or c.name in names or (not names and job.device in c.default_on)
+    ]
     reasons = {contender.name: contender.objection(job) for contender in asked}
     skipped = [{"name": name, "reason": reason} for name, reason in reasons.items() if reason]
     return [contender for contender in asked if not reasons[contender.name]], skipped

@@ -24,7 +24,7 @@ def measure_layout(job: Job, plan: Plan) -> tuple[list[dict[str, Any]], dict[str
     and code that is loaded in the first step does count.
     """
     baseline = memory.held_bytes(job.device)
-    with our_session(job, keep_pages=job.keep_pages) as session:
+    with our_session(job) as session:
         world = session.trainer.mesh.world
         stepper = Stepper(Ours(session), job)
         first, losses = stepper.run(plan.compared)

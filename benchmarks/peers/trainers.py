@@ -61,8 +61,9 @@ class Ours:
         return sum(seen.values())
 
 
-def run_config(job: Job, precision: str = "") -> RunConfig:
+def run_config(job: Job, contender: Contender | None = None) -> RunConfig:
     """The job as our trainer's configuration: a constant learning rate, no validation, no checkpoints."""
+    precision = contender.precision if contender else ""
     return RunConfig(
         name="throughput",
         run_dir=str(Path(job.folder) / "run"),
@@ -80,6 +81,8 @@ def run_config(job: Job, precision: str = "") -> RunConfig:
             device=job.device,  # type: ignore[arg-type]
             threads=job.threads,
             seed=SEED,
+            compile=contender is not None and contender.compiled,
+            cuda_graph=contender is not None and contender.cuda_graph,
             log_interval=job.steps + 1,
         ),
         eval=EvalConfig(interval=0),
@@ -87,10 +90,11 @@ def run_config(job: Job, precision: str = "") -> RunConfig:
 
 
 @contextmanager
-def our_session(job: Job, precision: str = "", *, keep_pages: bool = True) -> Iterator[Session]:
+def our_session(job: Job, contender: Contender | None = None) -> Iterator[Session]:
     """Our trainer on the job's tokens, ready for its steps; closed at the end of the block."""
-    config = run_config(job, precision)
+    config = run_config(job, contender)
     mesh = make_mesh(config.parallel, config.train.device)
+    keep_pages = job.keep_pages and (contender is None or contender.keep_pages)
     setting = nullcontext() if keep_pages else mock.patch("megalite.train.setup.keep_freed_pages")
     with setting:
         prepare_process(config, mesh)
@@ -177,7 +181,7 @@ class Peer:
 def open_trainer(job: Job, contender: Contender) -> Iterator[Trainer]:
     """The contender, built and ready; closed at the end of the block."""
     if contender.build is None:
-        with our_session(job, contender.precision, keep_pages=contender.keep_pages) as session:
+        with our_session(job, contender) as session:
             yield Ours(session)
         return
     batches = Batches(job)

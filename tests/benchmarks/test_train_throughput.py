@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.peers.compare import Plan, difference, step_times
+from benchmarks.peers.compare import Plan, difference, fits, step_times
 from benchmarks.peers.contenders import contenders, select
 from benchmarks.peers.gemms import products
 from benchmarks.peers.job import Batches, Job, write_data, write_weights
@@ -182,6 +182,14 @@ def test_wrong_options_are_answered(tmp_path: Path, options: dict[str, Any], mes
     with pytest.raises(UserError) as error:
         make_job(Comparison(device="cpu", **options), tmp_path)
     assert message in str(error.value)
+
+
+def test_turns_need_room_for_everybody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama-60m's state is 0.8 GB: ten fit in 24 GB, forty do not."""
+    monkeypatch.setattr("benchmarks.peers.memory.available_bytes", lambda: 24 << 30)
+    job = make_job(Arguments(device="cpu"), tmp_path)
+    assert fits(job, 10)
+    assert not fits(job, 40)
 
 
 def test_products_are_those_of_the_model() -> None:
