@@ -36,7 +36,7 @@ namespace {
 constexpr int64_t kWords = 1536;            // of the inner dimension: with 64 columns a panel of 384 KB
 constexpr int64_t kNearWords = 96 * 1024;   // 384 KB: with a panel in the second cache
 constexpr int64_t kFarWords = 1024 * 1024;  // 4 MB, in the last cache
-constexpr int64_t kSumRows = 4096;          // for which sums wait at once
+constexpr int64_t kSumWords = 4096 * 1024;  // 16 MB of sums that wait for the rest of the inner dimension
 
 int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
@@ -75,14 +75,13 @@ void run(const Product& a, int threads, const GemmSizes& sizes, Part part) {
   const int64_t most_cols = divide_up(panels, grid.cols) * sizes.cols;
   const int64_t most_rows = divide_up(strips, grid.rows) * sizes.rows;
   const auto fitting = [&](int64_t most, int64_t unit) { return std::max(unit, most / blocks.words / unit * unit); };
-  blocks.rows = std::min(most_rows, !a.direct              ? fitting(kFarWords, sizes.rows)
-                                    : blocks.words < words ? round_up(kSumRows, sizes.rows)
-                                                           : most_rows);
-  blocks.near_rows = fitting(kNearWords, sizes.rows);
+  blocks.rows = std::min(most_rows, fitting(kNearWords, sizes.rows));
   blocks.cols = std::min(most_cols, fitting(kFarWords, sizes.cols));
+  if (blocks.words < words)
+    blocks.cols = std::min(blocks.cols, std::max(sizes.cols, kSumWords / most_rows / sizes.cols * sizes.cols));
   const int64_t left = a.direct ? 0 : round_up(blocks.rows * (blocks.words + 32), 1024);
   const int64_t right = round_up(blocks.cols * (blocks.words + 8), 1024);
-  const int64_t sums = blocks.words < words ? blocks.rows * most_cols : 0;
+  const int64_t sums = blocks.words < words ? most_rows * blocks.cols : 0;
   parallel_ranges(grid.rows * grid.cols, grid.rows * grid.cols, [&](int index, int64_t, int64_t) {
     const auto range = [&](int64_t items, int64_t i, int64_t n, int64_t unit, int64_t end) {
       return Span{std::min(end, items * i / n * unit), std::min(end, items * (i + 1) / n * unit)};

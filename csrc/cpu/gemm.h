@@ -31,10 +31,9 @@ struct GemmScratch {
 
 // How one thread cuts its part of the product.
 struct GemmBlocks {
-  int64_t words;      // of the inner dimension, the most at once
-  int64_t rows;       // of the left factor packed at once
-  int64_t near_rows;  // of the left factor in the second cache
-  int64_t cols;       // of the right factor packed at once
+  int64_t words;  // of the inner dimension, the most at once
+  int64_t rows;   // of the left factor in the second cache, with a panel
+  int64_t cols;   // of the right factor packed at once
 };
 
 // A span as pieces of `size`, the last one smaller.

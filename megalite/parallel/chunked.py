@@ -27,6 +27,7 @@ from megalite.parallel.collectives import (
     wait,
 )
 from megalite.parallel.mesh import Axis
+from megalite_kernels.ops.linear import project
 
 
 def spans(rows: int, chunks: int) -> list[slice]:
@@ -135,4 +136,6 @@ def _product(x: Tensor, factor: Tensor, bias: Tensor | None, out: Tensor | None 
     if x.dim() == 3:
         factor = factor.expand(x.shape[0], -1, -1)
         return torch.bmm(x, factor, out=out) if bias is None else torch.baddbmm(bias, x, factor, out=out)
+    if out is None:
+        return project(x, factor.t(), bias)
     return torch.mm(x, factor, out=out) if bias is None else torch.addmm(bias, x, factor, out=out)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megalite_kernels.ops.linear import accumulate_weight_gradient
+from megalite_kernels.ops.linear import accumulate_weight_gradient, project_back
 
 
 class WeightQueue:
@@ -104,6 +104,6 @@ def add_weight_gradient(sink: GradientSink | None, dy: Tensor, x: Tensor) -> Ten
     """dyᵀ · x for dy [..., O] and x [..., I]: into the sink (returns None), or returned where there is none."""
     dy, x = dy.flatten(0, -2), x.flatten(0, -2)
     if sink is None:
-        return dy.t() @ x
+        return project_back(dy.t(), x)
     sink.add(dy, x)
     return None

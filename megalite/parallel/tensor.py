@@ -23,6 +23,7 @@ from megalite.parallel.collectives import reduce_from, reduce_scatter_to, start_
 from megalite.parallel.gradients import GradientSink, add_weight_gradient, get_sink
 from megalite.parallel.mesh import ALONE, Axis
 from megalite_kernels.ops.embedding import accumulate_embedding_gradient
+from megalite_kernels.ops.linear import project, project_back
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ class _ColumnLinear(torch.autograd.Function):
         ctx.split, ctx.sink, ctx.has_bias = split, sink, bias is not None
         if split.sequence:
             return gather_product(x, weight.t(), bias, split.axis, split.chunks)[0]
-        return F.linear(x, weight, bias)
+        return project(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -170,7 +171,7 @@ class _RowLinear(torch.autograd.Function):
             dx, whole = gather_product(dy, weight, None, ctx.split.axis, ctx.split.chunks, keep=True)
             assert whole is not None
         else:
-            dx, whole = dy @ weight, dy
+            dx, whole = project_back(dy, weight), dy
         return dx.view(x.shape), add_weight_gradient(ctx.sink, whole, x), None, None
 
 

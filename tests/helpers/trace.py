@@ -44,6 +44,8 @@ KINDS = {
 
 PRODUCTS = frozenset({"aten.mm", "aten.addmm", "aten.addmm_", "aten.bmm", "aten.baddbmm", "aten.linear"})
 KERNELS_OF_PRODUCTS = (
+    "megalite.linear_fwd",
+    "megalite.linear_dgrad",
     "megalite.linear_weight_grad_",
     "megalite.linear_cross_entropy",
     "megalite.fp8_product",

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import megalite_kernels as mk
+from megalite_kernels.ops.linear import project, project_back
 from megalite_kernels.testing import assert_as_accurate
 from tests.ops.catalogue import BACKENDS, DTYPES, needs_native, random
 
@@ -78,6 +80,89 @@ def test_nan_stays_in_its_row_and_column(dtype: torch.dtype) -> None:
     assert not bad.any()
     assert torch.isnan(main_grad[7]).all()
     assert not torch.isfinite(main_grad[:, 50]).any()
+
+
+def sides(rows: int, cols: int, inner: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """Factors [rows, inner] and [inner, cols] in the memory layouts of forward, dgrad and wgrad, and as views."""
+    left, right = random(rows, inner).to(dtype), random(inner, cols, seed=1).to(dtype)
+    left_t, right_t = left.t().contiguous().t(), right.t().contiguous().t()
+    views = random(rows, inner + 3).to(dtype)[:, 3:], random(2 * inner, cols, seed=1).to(dtype)[::2]
+    return [(left, right_t), (left, right), (left_t, right), views]
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "cols", "inner"),
+    [(1, 1, 1), (1, 70, 31), (7, 13, 5), (13, 130, 64), (50, 67, 3100), (101, 16, 33)],
+)
+def test_products_are_as_accurate_as_torchs(rows: int, cols: int, inner: int, dtype: torch.dtype) -> None:
+    """Ragged tiles, odd inner sizes (half a pair), and more inner words than one block holds."""
+    from megalite_kernels.native.linear import multiply_
+
+    bias = random(cols, seed=2).to(dtype)
+    for left, right in sides(rows, cols, inner, dtype):
+        out = torch.full((rows, cols + 1), 7.0, dtype=dtype)
+        multiply_(out[:, :cols], left, right, bias=bias)
+        truth = bias.double() + left.double() @ right.double()
+        plain = torch.addmm(bias, left, right)
+        assert_as_accurate(out[:, :cols], plain, truth, floor=4)  # one chain of float sums
+        assert (out[:, cols] == 7).all()  # nothing beyond the row's end
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_have_the_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
+    from megalite_kernels.native.linear import multiply_
+
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            found.append([])
+            for left, right in sides(190, 260, 150, dtype):
+                out = torch.empty(190, 260, dtype=dtype)
+                multiply_(out, left, right)
+                found[-1].append(out)
+    finally:
+        torch.set_num_threads(before)
+    for others in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_bad_numbers_stay_in_their_row_and_column_of_a_product(dtype: torch.dtype) -> None:
+    from megalite_kernels.native.linear import multiply_
+
+    for left, right in sides(20, 70, 31, dtype):
+        left[3, 30], right[5, 68] = torch.nan, torch.inf
+        out = torch.empty(20, 70, dtype=dtype)
+        multiply_(out, left, right)
+        bad = ~torch.isfinite(out)
+        assert bad[3].all()
+        assert bad[:, 68].all()
+        bad[3] = bad[:, 68] = False
+        assert not bad.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_products_of_a_layer(dtype: torch.dtype) -> None:
+    """Of a size that the native library takes where it is faster, with a batch dim and strided rows."""
+    x, weight, bias = (
+        random(*s, seed=i).to(dtype) for i, s in enumerate([(2, 160, 400), (300, 400), (300,)])
+    )
+    dy = random(2, 160, 310, seed=3).to(dtype)[..., :300]
+    y, dx = project(x, weight, bias), project_back(dy, weight)
+    truth = F.linear(x.double(), weight.double(), bias.double())
+    assert_as_accurate(y, F.linear(x, weight, bias), truth, floor=4)
+    assert_as_accurate(dx, dy @ weight, dy.double() @ weight.double(), floor=4)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8), (8,), (3, 0)])
+def test_empty_and_single_rows(shape: tuple[int, ...]) -> None:
+    x, weight = random(*shape), random(4, shape[-1], seed=1)
+    assert torch.equal(project(x, weight), F.linear(x, weight))
 
 
 def test_a_frozen_weight_is_left_alone() -> None:

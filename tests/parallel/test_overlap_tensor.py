@@ -100,7 +100,8 @@ def column_backward_job(sequence: bool, early: str) -> None:
         assert_hidden(backward, "reduce_scatter", count=1)
     else:
         assert_hidden(backward, "all_reduce", count=1)
-    assert Counter(c.name for c in backward.computes) == {"aten.mm": 2}, backward
+    products = {"megalite.linear_fwd": 1, "megalite.linear_dgrad": 1}
+    assert Counter(c.name for c in backward.computes) == products, backward
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megalite_kernels import _C
 from megalite_kernels.native.common import DTYPES, address, threads
-from megalite_kernels.native.linear import multiply_
+from megalite_kernels.native.linear import multiply_, product_, wins
 from megalite_kernels.reference import linear_cross_entropy as plan
 
 
@@ -85,32 +85,32 @@ def local_backward_(
 
 def linear_losses(*args: Any) -> tuple[Tensor, Tensor]:
     """Backend "cpu" of `linear_cross_entropy_fwd`."""
-    return plan.losses(*args, row_kernel=forward)
+    return plan.losses(*args, row_kernel=forward, product=product_)
 
 
 def linear_grads(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Backend "cpu" of `linear_cross_entropy_grad`."""
-    return plan.grads(*args, row_kernel=grad_, add_product=_add_product_)
+    return plan.grads(*args, row_kernel=grad_, add_product=_add_product_, product=product_)
 
 
 def linear_grads_(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Backend "cpu" of `linear_cross_entropy_grad_`."""
-    return plan.grads_into(*args, row_kernel=grad_, add_product=_add_product_)
+    return plan.grads_into(*args, row_kernel=grad_, add_product=_add_product_, product=product_)
 
 
 def linear_stats(*args: Any) -> Tensor:
     """Backend "cpu" of `linear_cross_entropy_local_fwd`."""
-    return plan.shard_stats(*args, row_kernel=_stats)
+    return plan.shard_stats(*args, row_kernel=_stats, product=product_)
 
 
 def linear_shard_grads(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Backend "cpu" of `linear_cross_entropy_bwd`."""
-    return plan.shard_grads(*args, row_kernel=_grad, add_product=_add_product_)
+    return plan.shard_grads(*args, row_kernel=_grad, add_product=_add_product_, product=product_)
 
 
 def linear_shard_grads_(*args: Any) -> tuple[Tensor, Tensor]:
     """Backend "cpu" of `linear_cross_entropy_bwd_`."""
-    return plan.shard_grads_into(*args, row_kernel=_grad, add_product=_add_product_)
+    return plan.shard_grads_into(*args, row_kernel=_grad, add_product=_add_product_, product=product_)
 
 
 def scaled_copy(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -125,9 +125,11 @@ def scaled_copy(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 def _add_product_(total: Tensor, dlogits: Tensor, x: Tensor, *, first: bool) -> None:
     """`add_product_` of the chunk plan; own kernel for half precision, without a temporary and unrounded.
 
-    A matrix unit is faster than it: there torch's product is taken in pieces.
+    A matrix unit is faster than it: there torch's product is taken in pieces. In float32 the faster one is.
     """
-    by_torch = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _C.has_matrix_unit())
+    by_torch = x.dtype == torch.bfloat16 and _C.has_matrix_unit()
+    if x.dtype == torch.float32:
+        by_torch = not wins(x.dtype, total.shape[0], total.shape[1], x.shape[0])
     if by_torch or not total.is_contiguous():
         plan.add_product_(total, dlogits, x, first=first)
         return

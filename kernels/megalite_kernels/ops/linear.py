@@ -12,7 +12,7 @@ from megalite_kernels._library import define
 from megalite_kernels.backend import register, register_lazy
 from megalite_kernels.ops import checks
 from megalite_kernels.ops.linear_cross_entropy_local import check_main_grad
-from megalite_kernels.ops.native_support import NATIVE, native_accumulator_supports
+from megalite_kernels.ops.native_support import NATIVE, native_accumulator_supports, native_supports
 from megalite_kernels.ops.triton_support import TRITON, triton_supports
 
 
@@ -26,7 +26,7 @@ def linear(
         weight: [O, I] like x.
         bias: [O] like weight, or None.
         main_grad: [O, I] fp32; if given, the backward adds `dy.T @ x` into it and `weight` itself gets no
-            gradient. Without it this is torch's own linear.
+            gradient. Without it the gradients are those of torch's own linear.
 
     Returns:
         [..., O] like x.
@@ -43,9 +43,70 @@ def linear(
         checks.require_shape(bias, (weight.shape[0],), "bias", f"weight with {weight.shape[0]} rows")
         checks.require_same_kind(bias, weight, "bias", "weight")
     if main_grad is None:
-        return F.linear(x, weight, bias)
+        wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+        return F.linear(x, weight, bias) if wanted else project(x, weight, bias)
     check_main_grad(main_grad, weight)
     return _MainGradLinear.apply(x, weight, bias, main_grad)
+
+
+def dgrad(dy: Tensor, weight: Tensor) -> Tensor:
+    """dy @ weight for dy [..., O] and weight [O, I]; reference of `linear_dgrad`."""
+    return dy @ weight
+
+
+_fwd = define(
+    "linear_fwd(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    fake=lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),
+)
+_dgrad = define(
+    "linear_dgrad(Tensor dy, Tensor weight) -> Tensor",
+    fake=lambda dy, weight: dy.new_empty((*dy.shape[:-1], weight.shape[1])),
+)
+register("linear_fwd", "reference", F.linear)
+register("linear_dgrad", "reference", dgrad)
+register_lazy(
+    "linear_fwd",
+    "cpu",
+    "megalite_kernels.native.linear:forward",
+    requires=NATIVE,
+    supports=native_supports,
+)
+register_lazy(
+    "linear_dgrad",
+    "cpu",
+    "megalite_kernels.native.linear:dgrad",
+    requires=NATIVE,
+    supports=native_supports,
+)
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias` inside an autograd function: no gradient of its own.
+
+    On a GPU it is torch's product, which a compiler then sees for what it is.
+
+    Args:
+        x: [..., I].
+        weight: [O, I] like x, any strides.
+        bias: [O] like x, or None.
+
+    Returns:
+        [..., O] like x.
+    """
+    return _fwd(x, weight, bias) if x.device.type == "cpu" else F.linear(x, weight, bias)
+
+
+def project_back(dy: Tensor, weight: Tensor) -> Tensor:
+    """`dy @ weight`, the gradient of the input of `project`, on the same terms.
+
+    Args:
+        dy: [..., O].
+        weight: [O, I] like dy, any strides.
+
+    Returns:
+        [..., I] like dy.
+    """
+    return _dgrad(dy, weight) if dy.device.type == "cpu" else dy @ weight
 
 
 def accumulate_(dy: Tensor, x: Tensor, main_grad: Tensor) -> None:
@@ -92,13 +153,13 @@ class _MainGradLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.main_grad, ctx.has_bias = main_grad, bias is not None
-        return F.linear(x, weight, bias)
+        return project(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         flat = dy.reshape(-1, dy.shape[-1])
-        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        dx = project_back(dy, weight) if ctx.needs_input_grad[0] else None
         if ctx.needs_input_grad[1]:
             _accumulate_(flat, x.reshape(-1, x.shape[-1]), ctx.main_grad)
         return dx, None, flat.sum(0) if ctx.has_bias else None, None

@@ -26,6 +26,17 @@ from megalite_kernels.reference.common import wide_dtype
 RowKernel = Callable[..., Any]
 AddProduct = Callable[..., None]
 """As `add_product_`."""
+Product = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], None]
+"""As `product_`."""
+
+
+def product_(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> None:
+    """`out = left @ right + bias`."""
+    if bias is None:
+        torch.mm(left, right, out=out)
+    else:
+        torch.addmm(bias, left, right, out=out)
+
 
 ROW_ALIGNMENT = 64
 """Elements that the workspace's rows start at multiples of: products on a GPU want 16 bytes, and a vocabulary of
@@ -94,10 +105,11 @@ def losses(
     valid_rows: int,
     *options: Any,
     row_kernel: RowKernel,
+    product: Product = product_,
 ) -> tuple[Tensor, Tensor]:
     """(loss, lse), each [T] in the wide dtype; the row kernel is of the kind `loss`."""
     loss, lse = (x.new_empty(x.shape[0], dtype=wide_dtype(x)) for _ in range(2))
-    for part, logits in _chunks(x, weight, bias, valid_rows):
+    for part, logits in _chunks(x, weight, bias, valid_rows, product):
         loss[part], lse[part] = row_kernel(logits, target[part], *options)
     return loss, lse
 
@@ -111,10 +123,11 @@ def shard_stats(
     valid_rows: int,
     *options: Any,
     row_kernel: RowKernel,
+    product: Product = product_,
 ) -> Tensor:
     """What a shard adds to the loss, [4, T] in the wide dtype; the row kernel is of the kind `stats`."""
     stats = x.new_empty(4, x.shape[0], dtype=wide_dtype(x))
-    for part, logits in _chunks(x, weight, bias, valid_rows):
+    for part, logits in _chunks(x, weight, bias, valid_rows, product):
         stats[:, part] = row_kernel(logits, target[part], start, *options)
     return stats
 
@@ -129,6 +142,7 @@ def grads(
     *options: Any,
     row_kernel: RowKernel,
     add_product: AddProduct | None = None,
+    product: Product = product_,
     main_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss [T], dx like x, dweight [rows, H] and dbias [rows] in the wide dtype; dbias is empty without a bias).
@@ -138,8 +152,8 @@ def grads(
     added into.
     """
     loss = x.new_empty(x.shape[0], dtype=wide_dtype(x))
-    sums = _Gradients(x, weight, bias, valid_rows, main_grad, add_product or add_product_)
-    for part, logits in _chunks(x, weight, bias, valid_rows):
+    sums = _Gradients(x, weight, bias, valid_rows, main_grad, add_product or add_product_, product)
+    for part, logits in _chunks(x, weight, bias, valid_rows, product):
         loss[part] = row_kernel(logits, target[part], _rows_of(scale, part), *options)[0]
         sums.add(part, logits)
     return loss, sums.dx, sums.dweight, sums.dbias
@@ -155,9 +169,10 @@ def grads_into(
     *rest: Any,
     row_kernel: RowKernel,
     add_product: AddProduct | None = None,
+    product: Product = product_,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, dx, dbias) as `grads`; the weight's gradient is added into `main_grad`."""
-    kernels: dict[str, Any] = {"row_kernel": row_kernel, "add_product": add_product}
+    kernels: dict[str, Any] = {"row_kernel": row_kernel, "add_product": add_product, "product": product}
     loss, dx, _, dbias = grads(x, weight, bias, target, scale, *rest, **kernels, main_grad=main_grad)
     return loss, dx, dbias
 
@@ -175,14 +190,15 @@ def shard_grads(
     *options: Any,
     row_kernel: RowKernel,
     add_product: AddProduct | None = None,
+    product: Product = product_,
     main_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias) as `grads`, from the lse over the whole vocabulary; dx is this shard's part of a sum.
 
     With `main_grad` dweight is that tensor, added into. The row kernel is of the kind `grad`.
     """
-    sums = _Gradients(x, weight, bias, valid_rows, main_grad, add_product or add_product_)
-    for part, logits in _chunks(x, weight, bias, valid_rows):
+    sums = _Gradients(x, weight, bias, valid_rows, main_grad, add_product or add_product_, product)
+    for part, logits in _chunks(x, weight, bias, valid_rows, product):
         row_kernel(logits, target[part], lse[part], _rows_of(scale, part), start, vocabulary, *options)
         sums.add(part, logits)
     return sums.dx, sums.dweight, sums.dbias
@@ -199,9 +215,10 @@ def shard_grads_into(
     *rest: Any,
     row_kernel: RowKernel,
     add_product: AddProduct | None = None,
+    product: Product = product_,
 ) -> tuple[Tensor, Tensor]:
     """(dx, dbias) as `shard_grads`; the weight's gradient is added into `main_grad`."""
-    kernels: dict[str, Any] = {"row_kernel": row_kernel, "add_product": add_product}
+    kernels: dict[str, Any] = {"row_kernel": row_kernel, "add_product": add_product, "product": product}
     dx, _, dbias = shard_grads(x, weight, bias, target, lse, scale, *rest, **kernels, main_grad=main_grad)
     return dx, dbias
 
@@ -230,9 +247,10 @@ class _Gradients:
         valid_rows: int,
         main_grad: Tensor | None,
         add_product: AddProduct,
+        product: Product,
     ) -> None:
         wide = wide_dtype(x)
-        self.add_product = add_product
+        self.add_product, self.product = add_product, product
         self.x, self.weight, self.valid_rows = x, weight[:valid_rows], valid_rows
         self.dx = torch.empty_like(x) if valid_rows else torch.zeros_like(x)
         self.dbias = x.new_zeros(0 if bias is None else weight.shape[0], dtype=wide)
@@ -248,7 +266,7 @@ class _Gradients:
     def add(self, part: slice, dlogits: Tensor) -> None:
         if not self.valid_rows:
             return
-        torch.mm(dlogits, self.weight, out=self.dx[part])
+        self.product(self.dx[part], dlogits, self.weight, None)
         self.add_product(self.dweight[: self.valid_rows], dlogits, self.x[part], first=self.fresh)
         self.fresh = False
         if self.dbias.numel():
@@ -256,7 +274,7 @@ class _Gradients:
 
 
 def _chunks(
-    x: Tensor, weight: Tensor, bias: Tensor | None, valid_rows: int
+    x: Tensor, weight: Tensor, bias: Tensor | None, valid_rows: int, product: Product
 ) -> Iterator[tuple[slice, Tensor]]:
     """The rows of each chunk and their logits [rows, valid_rows], in a workspace that the next chunk takes over."""
     stride = math.ceil(valid_rows / ROW_ALIGNMENT) * ROW_ALIGNMENT
@@ -266,10 +284,7 @@ def _chunks(
     for start in range(0, x.shape[0], rows):
         part = slice(start, min(start + rows, x.shape[0]))
         logits = workspace[: part.stop - start, :valid_rows]
-        if bias is None:
-            torch.mm(x[part], columns, out=logits)
-        else:
-            torch.addmm(bias[:valid_rows], x[part], columns, out=logits)
+        product(logits, x[part], columns, None if bias is None else bias[:valid_rows])
         yield part, logits
 
 
