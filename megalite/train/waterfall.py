@@ -330,7 +330,7 @@ def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
 MAX_UNEXPLAINED = 0.03
 LARGE_PART = 0.05
 MAX_DIFFERENCE = 0.10
-"""Of the step, of the step, and of the part's time: what the waterfall is held to."""
+"""Of the step; of the step, lost or spent; of the time spent: what the waterfall is held to."""
 
 
 def agreement_problems(waterfall: Waterfall) -> list[str]:
@@ -342,7 +342,8 @@ def agreement_problems(waterfall: Waterfall) -> list[str]:
             f"{rest:.1%} of the step is unexplained or of no known kind (at most {MAX_UNEXPLAINED:.0%})"
         )
     for part in waterfall.parts:
-        if part.key == UNEXPLAINED or part.difference is None or abs(part.share) < LARGE_PART:
+        large = max(abs(part.share), part.time_ms / waterfall.step_ms) >= LARGE_PART
+        if part.key == UNEXPLAINED or part.difference is None or not large:
             continue
         if abs(part.difference) > MAX_DIFFERENCE:
             found.append(

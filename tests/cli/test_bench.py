@@ -105,9 +105,8 @@ def test_wrong_arguments(
 def test_on_two_ranks(axis: str, config: Path) -> None:
     layout = [] if axis == "dp" else [f"--parallel.{axis}", "2"]
     done = run("bench", str(config), "--rounds", "3", "--check", "--json", *layout, processes=2)
-    assert done.returncode in (ExitCode.DONE, ExitCode.BROKEN_CONTRACT), (
-        done.stderr
-    )  # a busy machine disagrees
+    # A busy machine disagrees with itself: torchrun then says that a process ended with 4.
+    assert done.returncode == ExitCode.DONE or "exitcode  : 4 " in done.stderr, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(lines) == 1, "rank 0 prints"
     record = json.loads(lines[0])
