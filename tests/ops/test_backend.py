@@ -105,7 +105,10 @@ def test_every_op_has_a_reference() -> None:
 @needs_native
 def test_the_native_library_serves_the_cpu() -> None:
     chosen = {choice.op: choice.backend for choice in mk.explain("cpu")}
-    assert {op for op, name in chosen.items() if name != "cpu"} == set()
+    # No CPU multiplies FP8: there it is emulated, to try its numerics.
+    assert {op for op, name in chosen.items() if name != "cpu"} == {
+        op for op in chosen if op.startswith("fp8_")
+    }
 
 
 @needs_native
