@@ -16,7 +16,7 @@ from megalite_kernels.timing import cache_sweep, copy_bandwidth, copy_of, device
 def test_a_short_function_is_called_several_times_a_sample() -> None:
     x = torch.ones(4)
     timing = measure({"add": lambda: x.add_(1)}, rounds=5)["add"]
-    assert timing.calls > 10
+    assert timing.calls > 1
     assert timing.best_ms < 0.5
     assert timing.clock == "process time"
     assert timing.rounds == 5

@@ -65,7 +65,7 @@ def test_a_nan_stays_in_its_row_and_inputs_are_not_written() -> None:
 
 def test_through_the_public_function() -> None:
     x, weight, main_grad = random(2, 20, 24).requires_grad_(), random(18, 24), torch.zeros(18, 24)
-    with mk.use_backend("triton"):
+    with mk.use_backend("triton", "reference"):  # the products that are not added to anything are torch's
         mk.linear(x, weight.requires_grad_(), main_grad=main_grad).sum().backward()
     torch.testing.assert_close(main_grad, x.detach().flatten(0, 1).sum(0).expand(18, 24))
 
