@@ -20,8 +20,6 @@ from benchmarks.records import (
     throughput,
 )
 
-TRAINER = "train_throughput.jsonl"
-"""Runs of the trainer alone: shown until a comparison is recorded."""
 MAKERS = {
     THROUGHPUT: "make bench",
     KERNELS: "make bench-kernels",
@@ -88,7 +86,7 @@ def throughput_tables(results: Path, chosen: Chosen) -> str:
     """One table for each shape, precision and machine by the wall clock; below, the same by process time."""
     records = throughput(results)
     if not records:
-        return trainer_table(results)
+        return absent(results, THROUGHPUT)
     records = [r for r in records if all(str(r.get(field)) == value for field, value in chosen.items())]
     if not records:
         words = " ".join(f"{field}={value}" for field, value in chosen.items())
@@ -185,29 +183,6 @@ def loss_difference(record: Record) -> float | None:
     if len(losses) < 2:
         return None
     return max((max(step) - min(step)) / min(step) for step in zip(*losses, strict=False))
-
-
-def trainer_table(results: Path) -> str:
-    """The trainer alone, while no comparison is recorded."""
-    runs = newest(read(results / TRAINER), lambda r: (r["name"], r["precision"]["chosen"], machine_of(r)))
-    if not runs:
-        return absent(results, THROUGHPUT)
-    header = [
-        "preset",
-        "tokens a step",
-        "compute",
-        "tokens/s",
-        "MFU causal / full",
-        "GEMM peak, TFLOP/s",
-        "steps",
-    ]
-    rows = []
-    for run in runs.values():
-        batch = f"{run['tokens_per_step'] // run['seq_length']} × {run['seq_length']}"
-        mfu = f"{percent(run['mfu_causal'])} / {percent(run['mfu_full'])}"
-        row = [f"`{run['name']}`", batch, run["precision"]["chosen"], f"{run['tokens_per_s']:,.0f}", mfu]
-        rows.append([*row, f"{run['gemm_peak_tflops']:.3f}", str(run["measured_steps"])])
-    return f"{table(header, rows)}\n\n{made_by(list(runs.values()))}"
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------
