@@ -11,7 +11,7 @@ import torch
 from benchmarks.peers.compare import TOLERANCES, Plan
 from benchmarks.peers.job import Job
 from megalite.config_values import to_dict
-from megalite.train.flops import flops_per_token, table_peak_tflops
+from megalite.train.flops import FlopsPerToken, flops_per_token, table_peak_tflops
 from megalite_kernels import environment
 from megalite_kernels.timing import device_name
 
@@ -47,11 +47,7 @@ def make_record(
     measured, table = max(gemms.values()), table_peak_tflops(torch.device(job.device))
     peak = table or measured
     for row in rows:
-        rate = tokens / world / (row["step_ms_p50"] / 1e3)
-        row["tokens_per_s"] = rate
-        row["mfu_causal"] = rate * flops.causal / (peak * 1e12)
-        row["mfu_full"] = rate * flops.full / (peak * 1e12)
-        row["gemm_fraction"] = rate * flops.causal / (measured * 1e12)
+        add_rates(row, tokens / world, flops, peak, measured)
     facts = environment.facts()
     device = device_name(job.device)
     return {
@@ -87,6 +83,15 @@ def make_record(
         "contenders": rows,
         "skipped": skipped,
     }
+
+
+def add_rates(row: dict[str, Any], tokens: float, flops: FlopsPerToken, peak: float, measured: float) -> None:
+    """What follows from a contender's median step of so many tokens per device; peaks in TFLOP/s."""
+    rate = tokens / (row["step_ms_p50"] / 1e3)
+    row["tokens_per_s"] = rate
+    row["mfu_causal"] = rate * flops.causal / (peak * 1e12)
+    row["mfu_full"] = rate * flops.full / (peak * 1e12)
+    row["gemm_fraction"] = rate * flops.causal / (measured * 1e12)
 
 
 def layout_name(job: Job, world: int) -> str:
