@@ -1,0 +1,38 @@
+"""What the CUDA kernels take, asked before an op is given to them."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from megalite_kernels.native.cuda.runtime import EMULATE
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_HALF_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def cuda_supports(*args: Any) -> str | None:
+    """None if every tensor is on an NVIDIA GPU (or emulated) and of at most 32 bits, else the reason."""
+    return _reason(args, _DTYPES)
+
+
+def cuda_half_supports(*args: Any) -> str | None:
+    """As `cuda_supports`, for kernels of the tensor cores: the first tensor is bfloat16 or float16."""
+    first = args[0]
+    if first.is_floating_point() and first.dtype not in _HALF_DTYPES:
+        return f"takes bfloat16 and float16, not {first.dtype}"
+    return _reason(args, _DTYPES)
+
+
+def _reason(args: tuple[Any, ...], dtypes: tuple[torch.dtype, ...]) -> str | None:
+    for value in args:
+        for tensor in value if isinstance(value, (list, tuple)) else (value,):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            if tensor.device.type != "cuda" and (tensor.device.type != "cpu" or not os.environ.get(EMULATE)):
+                return f"runs on GPUs, a tensor is on {tensor.device} ({EMULATE}=80 emulates them there)"
+            if tensor.is_floating_point() and tensor.dtype not in dtypes:
+                return f"takes bfloat16, float16 and float32, not {tensor.dtype}"
+    return None
