@@ -10,8 +10,8 @@ enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 enum class Activation : int { silu = 0, gelu_tanh = 1, relu2 = 2, gelu = 3 };
 
 // The instruction set in use ("scalar", "avx2", "avx512", "avx512_bf16", "amx" or "amx_emulated"): the best of this CPU
-// (amx only on request, its emulation is for tests), or what MEGALITE_ISA asks for. Throws std::invalid_argument if
-// MEGALITE_ISA is not a known name or this CPU lacks it.
+// (the emulation is for tests), or what MEGALITE_ISA asks for. Throws std::invalid_argument if MEGALITE_ISA is not a
+// known name or this CPU lacks it.
 const char* isa_name();
 
 // y = x * rstd * weight, rstd = 1 / sqrt(mean(x^2) + eps). With a residual, x + residual takes the place

@@ -37,27 +37,27 @@ bool tiles_granted() {
 #endif
 }
 
-// The highest level of this CPU, tiles aside.
+// The highest level of this CPU. Forcing a lower one asks for the tiles too, which costs nothing.
 int best_here() {
 #if MEGALITE_X86
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+      __builtin_cpu_supports("avx512vl")) {
+    if (!__builtin_cpu_supports("avx512bf16")) return 2;
+    return tiles_granted() ? kAmx : kAmx - 1;
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return 1;
 #endif
   return 0;
 }
 
-// Tiles are taken only if asked for: no measurement says yet that they win.
 Level pick() {
   const int best = best_here();
   const char* forced = std::getenv("MEGALITE_ISA");
   if (forced == nullptr || *forced == '\0') return kLevels[best];
   for (int i = 0; i <= kEmulated; ++i) {
     if (std::string(forced) != kLevels[i].name) continue;
-    const bool here = i == kEmulated || (i == kAmx ? best == kAmx - 1 && tiles_granted() : i <= best);
-    if (!here)
+    if (i > best && i != kEmulated)
       throw std::invalid_argument(std::string("MEGALITE_ISA=") + forced +
                                   " is more than this CPU or build has: " + "use at most " + kLevels[best].name);
     return kLevels[i];

@@ -12,6 +12,7 @@ import megalite
 import megalite_kernels
 from megalite.config import ParallelConfig
 from megalite.parallel.mesh import Mesh
+from megalite_kernels.environment import native_library
 
 
 def changed_environment(then: dict[str, Any], now: dict[str, Any]) -> tuple[str, ...]:
@@ -35,6 +36,7 @@ def environment(mesh: Mesh, parallel: ParallelConfig) -> dict[str, Any]:
         "python": platform.python_version(),
         "device": device,
         "isa": torch.backends.cpu.get_cpu_capability(),
+        "native_isa": native_library().get("isa"),
         "threads": torch.get_num_threads(),
         "tp": mesh.tp.size,
         "cp": mesh.cp.size,
