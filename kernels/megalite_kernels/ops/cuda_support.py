@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
 import torch
 
+from megalite_kernels.native.cuda import binaries
 from megalite_kernels.native.cuda.runtime import EMULATE
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -35,4 +37,14 @@ def _reason(args: tuple[Any, ...], dtypes: tuple[torch.dtype, ...]) -> str | Non
                 return f"runs on GPUs, a tensor is on {tensor.device} ({EMULATE}=80 emulates them there)"
             if tensor.is_floating_point() and tensor.dtype not in dtypes:
                 return f"takes bfloat16, float16 and float32, not {tensor.dtype}"
+            if tensor.device.type == "cuda" and (reason := missing(tensor.device.index)) is not None:
+                return reason
     return None
+
+
+@functools.cache
+def missing(index: int) -> str | None:
+    """Why CUDA kernels can't run on a GPU of torch's: a vendor, its age, or nothing to compile them with; or None."""
+    if torch.version.cuda is None:
+        return "needs an NVIDIA GPU"
+    return binaries.missing(torch.cuda.get_device_capability(index), int(torch.version.cuda.split(".")[0]))

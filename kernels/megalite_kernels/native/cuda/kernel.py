@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-TARGETS = ("sm_80", "sm_90a", "sm_100a")
-"""Architectures that cubins are made for; ones in between run the next lower, sm_120 and later the PTX."""
+TARGETS = ("sm_80", "sm_90", "sm_90a", "sm_100a")
+"""Least architectures of kernels. Code for one with an "a" runs on that architecture alone."""
 
 MAX_THREADS = 1024
 MAX_SHARED_BYTES = 227 << 10

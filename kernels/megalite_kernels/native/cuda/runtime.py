@@ -66,6 +66,14 @@ def multiprocessors(device: torch.device) -> int:
     return _multiprocessors[index]
 
 
+def shared_bytes_limit(device: torch.device) -> int:
+    """Shared memory that one block may have; 99 KiB on sm_86 and sm_89, though their family is 80."""
+    if device.type != "cuda":
+        return (163 if emulated_architecture() == 80 else 227) << 10
+    driver = importlib.import_module("megalite_kernels.native.cuda.driver")
+    return int(driver.device_of(_index(device)).shared_bytes_limit)
+
+
 def emulated_architecture() -> int:
     """What MEGALITE_CUDA_EMULATE says.
 
