@@ -1,0 +1,158 @@
+// What every kernel here builds on: conversions, vector loads and stores, reductions. Needs no toolkit header.
+#pragma once
+
+#include "ptx.cuh"
+#include "types.cuh"
+
+constexpr uint32_t WHOLE_WARP = 0xffffffffu;
+
+template <class I>
+DEVICE constexpr I ceil_div(I count, I size) {
+  return (count + size - 1) / size;
+}
+
+DEVICE int lane_index() { return int(threadIdx.x) & 31; }
+DEVICE int warp_index() { return int(threadIdx.x) >> 5; }
+
+// ---- conversions: everything is computed in fp32, and rounded once, to nearest even
+
+DEVICE float to_float(float value) { return value; }
+DEVICE float to_float(bf16 value) { return __uint_as_float(uint32_t(value.bits) << 16); }
+DEVICE float to_float(fp16 value) { return ptx::half_to_float(value.bits); }
+
+template <class T>
+DEVICE T from_float(float value);
+template <>
+DEVICE float from_float<float>(float value) {
+  return value;
+}
+template <>
+DEVICE bf16 from_float<bf16>(float value) {
+  return bf16{uint16_t(ptx::pack2<bf16>(value, 0.0f))};
+}
+template <>
+DEVICE fp16 from_float<fp16>(float value) {
+  return fp16{uint16_t(ptx::pack2<fp16>(value, 0.0f))};
+}
+
+// The two halves of a 32-bit register of a pair, as fp32.
+template <class T>
+DEVICE float low_float(uint32_t pair) {
+  return to_float(T{uint16_t(pair)});
+}
+template <class T>
+DEVICE float high_float(uint32_t pair) {
+  return to_float(T{uint16_t(pair >> 16)});
+}
+
+// ---- vectors: N elements that one instruction loads or stores, aligned to their size (at most 16 bytes)
+
+template <class T, int N>
+struct alignas(sizeof(T) * N) Vector {
+  T values[N];
+  DEVICE T& operator[](int i) { return values[i]; }
+  DEVICE const T& operator[](int i) const { return values[i]; }
+};
+
+// Elements of a 16-byte vector.
+template <class T>
+constexpr int VECTOR = 16 / int(sizeof(T));
+
+template <int N, class T>
+DEVICE Vector<T, N> load_vector(const T* pointer) {
+  static_assert(sizeof(T) * N <= 16, "the widest load is 16 bytes");
+#ifdef MEGALITE_EMULATE
+  return emulate_load<Vector<T, N>>(pointer);
+#else
+  return *reinterpret_cast<const Vector<T, N>*>(pointer);
+#endif
+}
+
+template <int N, class T>
+DEVICE void store_vector(T* pointer, const Vector<T, N>& vector) {
+  static_assert(sizeof(T) * N <= 16, "the widest store is 16 bytes");
+#ifdef MEGALITE_EMULATE
+  emulate_store<Vector<T, N>>(pointer, vector);
+#else
+  *reinterpret_cast<Vector<T, N>*>(pointer) = vector;
+#endif
+}
+
+template <int N>
+DEVICE Vector<float, N> zeros() {
+  Vector<float, N> result;
+#pragma unroll
+  for (int i = 0; i < N; i++) result[i] = 0.0f;
+  return result;
+}
+
+template <class T, int N>
+DEVICE Vector<float, N> to_float(const Vector<T, N>& vector) {
+  Vector<float, N> result;
+#pragma unroll
+  for (int i = 0; i < N; i++) result[i] = to_float(vector[i]);
+  return result;
+}
+
+template <class T, int N>
+DEVICE Vector<T, N> from_float(const Vector<float, N>& vector) {
+  Vector<T, N> result;
+#pragma unroll
+  for (int i = 0; i < N; i++) result[i] = from_float<T>(vector[i]);
+  return result;
+}
+
+// ---- reductions. The butterfly leaves the same bits in every lane: each adds the same pairs.
+
+struct Sum {
+  static DEVICE float of(float a, float b) { return a + b; }
+};
+struct Max {
+  static DEVICE float of(float a, float b) { return fmaxf(a, b); }
+};
+
+// Over aligned groups of WIDTH lanes; every lane of the warp must take part.
+template <class Operation, int WIDTH = 32>
+DEVICE float warp_reduce(float value) {
+#pragma unroll
+  for (int distance = WIDTH / 2; distance > 0; distance /= 2) {
+    value = Operation::of(value, __shfl_xor_sync(WHOLE_WARP, value, distance));
+  }
+  return value;
+}
+
+template <int WIDTH = 32>
+DEVICE float warp_sum(float value) {
+  return warp_reduce<Sum, WIDTH>(value);
+}
+
+template <int WIDTH = 32>
+DEVICE float warp_max(float value) {
+  return warp_reduce<Max, WIDTH>(value);
+}
+
+// The same value in each of the block's THREADS_ threads. `scratch`: THREADS_ / 32 floats of shared memory, which may
+// be used again at once: a barrier stands at both ends. Every thread must call it.
+template <class Operation, int THREADS_>
+DEVICE float block_reduce(float value, float* scratch) {
+  static_assert(THREADS_ % 32 == 0, "whole warps only");
+  value = warp_reduce<Operation>(value);
+  if (THREADS_ == 32) return value;
+  if (lane_index() == 0) scratch[warp_index()] = value;
+  __syncthreads();
+  value = scratch[0];
+#pragma unroll
+  for (int warp = 1; warp < THREADS_ / 32; warp++) value = Operation::of(value, scratch[warp]);
+  __syncthreads();
+  return value;
+}
+
+template <int THREADS_>
+DEVICE float block_sum(float value, float* scratch) {
+  return block_reduce<Sum, THREADS_>(value, scratch);
+}
+
+template <int THREADS_>
+DEVICE float block_max(float value, float* scratch) {
+  return block_reduce<Max, THREADS_>(value, scratch);
+}
