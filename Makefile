@@ -20,6 +20,8 @@ PRETRAIN := $(BIN)/megalite pretrain $(CONFIG) --dataset $(DATA) --json
 
 # One thread per test process: the processes fill the cores, and one thread is bitwise reproducible.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+# The compile gates need tools that `make test` does not install.
+NOT_GATES := --ignore tests/triton_gate --ignore tests/cuda_gate
 
 CPP_FILES := \( -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh' \)
 
@@ -40,7 +42,7 @@ pretrain: ## train a small base model on real text; the last line is its result 
 .PHONY: test
 test: ## run every test that needs no GPU and little time
 	@scripts/bootstrap.sh test
-	@$(PYTEST) -m "not slow and not gpu" --ignore tests/triton_gate $(ARGS)
+	@$(PYTEST) -m "not slow and not gpu" $(NOT_GATES) $(ARGS)
 
 .PHONY: test-triton
 test-triton: ## interpret the Triton kernels on the CPU, and compile them for the GPUs of the gate
@@ -48,10 +50,16 @@ test-triton: ## interpret the Triton kernels on the CPU, and compile them for th
 	@TRITON_INTERPRET=1 $(PYTEST) tests/triton $(ARGS)
 	@$(PYTEST) tests/triton_gate $(ARGS)
 
+.PHONY: test-cuda
+test-cuda: ## emulate the CUDA kernels on the CPU, and compile them for the GPUs of the gate
+	@scripts/bootstrap.sh test triton cuda
+	@MEGALITE_CUDA_EMULATE=80 $(PYTEST) tests/cuda $(ARGS)
+	@$(PYTEST) tests/cuda_gate tests/cuda_loader $(ARGS)
+
 .PHONY: test-slow
 test-slow: ## run the slow tests too
 	@scripts/bootstrap.sh test
-	@$(PYTEST) -m "not gpu" --ignore tests/triton_gate $(ARGS)
+	@$(PYTEST) -m "not gpu" $(NOT_GATES) $(ARGS)
 
 .PHONY: test-layouts
 test-layouts: ## prove that every parallel layout trains every kind of model as one process does

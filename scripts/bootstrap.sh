@@ -1,5 +1,5 @@
 #!/bin/sh
-# Sets up .venv so that megalite runs from this checkout: `scripts/bootstrap.sh [corpus] [test] [triton] [dev]`.
+# Sets up .venv so that megalite runs from this checkout: `scripts/bootstrap.sh [corpus] [test] [triton] [cuda] [dev]`.
 #
 # Each argument is an extra of pyproject.toml. Every step leaves a stamp with a checksum of what it was made
 # from, so a second run does nothing, and an edited pyproject.toml or C++ file redoes only what it touches.
@@ -150,7 +150,7 @@ report_native() {
 
 # --- the steps ------------------------------------------------------------------------------------------------
 for extra in "$@"; do
-    case $extra in corpus | test | triton | dev) ;; *) die "unknown extra '$extra'; there are: corpus, test, triton, dev" ;; esac
+    case $extra in corpus | test | triton | cuda | dev) ;; *) die "unknown extra '$extra'; there are: corpus, test, triton, cuda, dev" ;; esac
 done
 
 recipe=$(cat pyproject.toml setup.py scripts/bootstrap.sh | checksum)

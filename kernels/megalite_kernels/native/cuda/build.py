@@ -38,7 +38,7 @@ class Nvcc:
     """A CUDA compiler: its path, version, and the architectures it knows ("80", "90", ...)."""
 
     path: str
-    version: tuple[int, int]
+    version: tuple[int, ...]
     known: frozenset[str]
 
     def knows(self, architecture: str) -> bool:
@@ -60,26 +60,30 @@ class Built:
     failures: list[str] = field(default_factory=list)
 
 
-def find_nvcc() -> Nvcc | None:
-    """The first nvcc that works: of PATH, CUDA_HOME, CUDA_PATH, the pip packages, /usr/local/cuda."""
-    for path in _candidates():
+def find_nvcc(packages_first: bool = False) -> Nvcc | None:
+    """The first nvcc that works: of PATH, CUDA_HOME, CUDA_PATH, /usr/local/cuda, the pip packages."""
+    candidates = [*_of_packages(), *_of_toolkits()] if packages_first else [*_of_toolkits(), *_of_packages()]
+    for path in candidates:
         found = _ask(path)
         if found is not None and found.version >= LEAST_NVCC:
             return found
     return None
 
 
-def _candidates() -> Iterator[str]:
+def _of_toolkits() -> Iterator[str]:
     on_path = shutil.which("nvcc")
     if on_path is not None:
         yield on_path
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(variable):
             yield str(Path(os.environ[variable]) / "bin" / "nvcc")
+    yield "/usr/local/cuda/bin/nvcc"
+
+
+def _of_packages() -> Iterator[str]:
     for entry in sys.path:
         for pattern in ("cu[0-9]*/bin/nvcc", "cuda_nvcc/bin/nvcc"):
             yield from map(str, sorted((Path(entry or ".") / "nvidia").glob(pattern), reverse=True))
-    yield "/usr/local/cuda/bin/nvcc"
 
 
 def _ask(path: str) -> Nvcc | None:
@@ -89,11 +93,11 @@ def _ask(path: str) -> Nvcc | None:
         known = _output([path, "--list-gpu-code"])
     except (OSError, subprocess.SubprocessError):
         return None
-    number = re.search(r"release (\d+)\.(\d+)", version)
+    number = re.search(r"release \d+\.\d+, V(\d+)\.(\d+)\.(\d+)", version)
     if number is None:
         return None
     architectures = frozenset(re.findall(r"sm_(\d+)\b", known))
-    return Nvcc(path, (int(number[1]), int(number[2])), architectures)
+    return Nvcc(path, tuple(map(int, number.groups())), architectures)
 
 
 def _output(command: list[str]) -> str:

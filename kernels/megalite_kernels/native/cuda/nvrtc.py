@@ -73,7 +73,7 @@ def _candidates(major: int) -> Iterator[str]:
 
 def _load(path: str) -> Nvrtc | None:
     try:
-        # NVRTC opens its built-ins by name when it compiles, and does not look in its own folder: loaded, they are found.
+        # NVRTC opens its built-ins by name when it compiles and may not look beside itself: loaded, they are found.
         for builtins in sorted(Path(path).parent.glob("libnvrtc-builtins.so.*") if "/" in path else ()):
             ctypes.CDLL(str(builtins))
         library = ctypes.CDLL(path)
