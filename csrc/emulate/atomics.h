@@ -23,6 +23,7 @@ uint64_t apply_atomic(int kind, void* address, uint64_t bits, uint64_t expected)
 extern "C" uint64_t emulate_atomic(int kind, char type, void* address, uint64_t bits, uint64_t expected) {
   using namespace emulate;
   check_access(address, type == 'Q' ? 8 : 4, true, true, EMULATE_PC, ATOMIC);
+  if (!block_of_shared(address)) order_atomics(address);
   switch (type) {
     case 'i':
       return apply_atomic<int32_t>(kind, address, bits, expected);

@@ -76,11 +76,5 @@ int emulate_syncthreads(int line, int predicate) { return emulate::sync_block(li
 
 void emulate_named_barrier(int id, int threads, bool wait) { emulate::named_barrier(id, threads, wait, EMULATE_PC); }
 
-void emulate_cluster_sync() {
-  using namespace emulate;
-  check_all_live("cluster_sync", EMULATE_PC);
-  arrive(state.cluster_barrier, "cluster_sync", state.threads() * state.cluster_size, true, EMULATE_PC);
-}
-
-void emulate_fence() {}
+void emulate_fence() { emulate::state.current->fenced = true; }
 }

@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 
 #include "banks.h"
+#include "global_shadow.h"
 #include "memory.h"
 #include "shadow.h"
 #include "state.h"
@@ -16,6 +17,14 @@ inline void fail_misaligned(const void* pointer, size_t bytes, const char* verb,
        bytes);
 }
 
+// A loop on a flag that another thread is to set never ends here: threads take turns only where they wait.
+constexpr uint64_t SPIN_LIMIT = uint64_t(1) << 27;
+
+inline void fail_spinning(uintptr_t pc) {
+  fail("has made %lu accesses @%lx without waiting for anybody: a loop that does not end, or one on a flag",
+       (unsigned long)SPIN_LIMIT, (unsigned long)module_offset(pc));
+}
+
 // `aligned`: one instruction of this width, which must be aligned to it; else bytes that may be moved in any pieces.
 inline void check_access(const void* pointer, size_t bytes, bool write, bool aligned, uintptr_t pc,
                          uint16_t kind = PLAIN) {
@@ -26,8 +35,9 @@ inline void check_access(const void* pointer, size_t bytes, bool write, bool ali
     return fail_misaligned(pointer, bytes, write ? "writes" : "reads", pc);
   }
   Block& block = *fiber->block;
+  if (++state.accesses > SPIN_LIMIT) return fail_spinning(pc);
   const size_t offset = p - block.shared, size = state.launch->shared_bytes;
-  if (offset >= size || offset + bytes > size) return global_access(pointer, bytes, write, pc);
+  if (offset >= size || offset + bytes > size) return global_access(pointer, bytes, write, pc, kind);
   log_shared(*fiber, offset, bytes, write, pc);
   if (write) {
     shadow_write(block, fiber->agent, offset, bytes, pc, kind);

@@ -118,21 +118,23 @@ inline void fail_outside(const void* pointer, size_t bytes, const char* verb, ui
        verb, bytes, where, pointer);
 }
 
-// An access to global memory (or to what is none of the kernel's memory, which fails).
-inline void global_access(const void* pointer, size_t bytes, bool write, uintptr_t pc) {
+// The range of an access to global memory; null after an error, or for what is not tracked.
+inline const Range* find_global(const void* pointer, size_t bytes, bool write, uintptr_t pc) {
   const char* verb = write ? "writes" : "reads";
   const Range* range = arena.find(pointer);
   if (!range || static_cast<const unsigned char*>(pointer) + bytes > range->begin + range->bytes) {
-    if (!range && !write && in_module(pointer)) return;
-    return fail_outside(pointer, bytes, verb, uint32_t(module_offset(pc)));
+    if (!range && !write && in_module(pointer)) return nullptr;
+    fail_outside(pointer, bytes, verb, uint32_t(module_offset(pc)));
+    return nullptr;
   }
   if (write && !range->writable) {
-    return fail("writes %zu bytes @%lx of argument %u, which the kernel takes as const", bytes,
-                (unsigned long)module_offset(pc), range->argument);
+    fail("writes %zu bytes @%lx of argument %u, which the kernel takes as const", bytes,
+         (unsigned long)module_offset(pc), range->argument);
+    return nullptr;
   }
-  if (range->argument != PARAMETERS) {
-    (write ? state.report.global_written_bytes : state.report.global_read_bytes) += bytes;
-  }
+  if (range->argument == PARAMETERS) return nullptr;
+  (write ? state.report.global_written_bytes : state.report.global_read_bytes) += bytes;
+  return range;
 }
 
 }  // namespace emulate

@@ -4,6 +4,7 @@
 #include "async_copy.h"
 #include "atomics.h"
 #include "barriers.h"
+#include "cluster.h"
 #include "collectives.h"
 #include "intercept.h"
 #include "matrix.h"
@@ -18,8 +19,6 @@ emulate::Dim3 emulate_grid_size() {
   return {grid[0], grid[1], grid[2]};
 }
 unsigned char* emulate_shared_memory() { return emulate::state.current->block->shared; }
-int emulate_cluster_rank() { return emulate::state.current->block->rank; }
-int emulate_cluster_size() { return emulate::state.cluster_size; }
 
 // Opens the launch's memory: afterwards emulate_translate gives where a tensor's byte lies for the kernel.
 int emulate_open(const emulate::Launch* launch) {
@@ -39,12 +38,14 @@ int emulate_run(const emulate::Launch* launch) {
   state.report = Report{};
   state.random.state = launch->seed;
   state.cluster_size = int(launch->cluster);
+  global_shadow.open();
   if (allocate()) {
     run_grid();
   } else {
     fail("no address space for the stacks of %d threads", state.threads() * state.cluster_size);
   }
   *launch->report = state.report;
+  global_shadow.close();
   arena.close(!state.failed);
   return state.failed;
 }

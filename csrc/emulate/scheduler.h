@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "barriers.h"
+#include "global_shadow.h"
 #include "memory.h"
 #include "shadow.h"
 #include "state.h"
@@ -37,6 +38,14 @@ inline void leave_kernel(Fiber& fiber) {
            (unsigned long)module_offset(other.wait.pc));
     }
   }
+  for (size_t agent = 0; block.live == 0 && agent < block.readers.size(); agent++) {
+    if (block.readers[agent] && !fiber.agent.knows(uint32_t(agent), block.readers[agent])) {
+      fail(
+          "leaves the kernel as the last of its block, whose shared memory thread %d of block rank %d may still read: "
+          "a cluster_sync must come before",
+          int(agent) % state.threads(), int(agent) / state.threads());
+    }
+  }
   if (!fiber.copies.empty() || !fiber.groups.empty()) {
     fail("leaves the kernel with cp_async copies that it has not waited for");
   }
@@ -58,6 +67,7 @@ inline bool runnable(const Fiber& fiber) {
 inline bool resume(Fiber& fiber) {
   if (!runnable(fiber)) return false;
   fiber.status = Status::READY;
+  state.accesses = 0;
   state.current = &fiber;
   switch_context(state.scheduler, fiber.context);
   state.current = nullptr;
@@ -123,6 +133,7 @@ inline void begin_cluster(Dim3 first) {
   for (Fiber& fiber : state.fibers) {
     clocks.drop(fiber.agent.base);
     fiber.agent.base = clocks.share(start), fiber.agent.now++;
+    fiber.fenced = false;
     fiber.status = Status::READY;
     prepare_context(fiber.context, fiber.stack, fiber_entry);
   }
@@ -138,6 +149,8 @@ inline void begin_cluster(Dim3 first) {
   }
   state.cluster_barrier = Barrier{};
   state.events.clear();
+  state.cluster_number++;
+  global_shadow.known.clear();
 }
 
 inline void fail_deadlock() {
@@ -218,6 +231,7 @@ inline void run_grid() {
   std::vector<int> order(clusters);
   std::iota(order.begin(), order.end(), 0);
   shuffle(order);
+  state.cluster_number = 0;
   for (int number : order) {
     const uint32_t x = launch.grid[0] / launch.cluster, rest = number / x;
     begin_cluster(Dim3{number % x * launch.cluster, rest % launch.grid[1], rest / launch.grid[1]});

@@ -37,6 +37,12 @@ inline Block* block_of_shared(const void* pointer) {
   return nullptr;
 }
 
+// Another block's thread reads `block`'s shared memory: the block must not be gone before.
+inline void note_reader(Block& block, const Agent& agent) {
+  block.readers.resize(agent.base->at.size());
+  block.readers[agent.index] = agent.now;
+}
+
 inline void fail_race(const char* mine, uintptr_t pc, size_t offset, const char* theirs, const Access& other) {
   const int threads = state.threads(), n = threads * state.cluster_size;
   const int thread = other.agent % n;

@@ -68,6 +68,7 @@ struct Fiber {
   std::vector<AsyncCopy> copies;              // issued, in no group yet
   std::deque<std::vector<AsyncCopy>> groups;  // committed, oldest first
   std::vector<Logged> log;
+  bool fenced = false;  // __threadfence since its last store to global memory
 };
 
 struct Barrier {
@@ -90,6 +91,7 @@ struct Block {
   uint8_t* flags = nullptr;  // one per byte of shared memory: see shadow.h
   Cell* cells = nullptr;
   Barrier barriers[BARRIERS];
+  std::vector<uint32_t> readers;  // by agent of another block: when it last read this one's shared memory
 };
 
 // What the last launch did; the same struct in emulated.py.
@@ -146,7 +148,9 @@ struct Random {
 struct State {
   const Launch* launch = nullptr;
   int cluster_size = 1;
-  std::vector<Fiber> fibers;  // of the cluster, block by block
+  uint32_t cluster_number = 0;  // of the cluster that runs, from 1 on
+  uint64_t accesses = 0;        // since a fiber was last resumed
+  std::vector<Fiber> fibers;    // of the cluster, block by block
   std::vector<Block> blocks;
   Barrier cluster_barrier;
   // Asynchronous work that has been issued and completes later: each runs once, in an order the seed decides.
