@@ -78,6 +78,17 @@ DEVICE void store_vector(T* pointer, const Vector<T, N>& vector) {
 #endif
 }
 
+// Copies 16 bytes, both ends aligned to them. load_vector and store_vector would do, but where the compiler sees a
+// struct of 16-bit members go from one memory straight to another it splits the store into four of 4 bytes; CUDA's own
+// type is not.
+DEVICE void copy_16(void* to, const void* from) {
+#ifdef MEGALITE_EMULATE
+  emulate_store(to, emulate_load<Vector<uint32_t, 4>>(from));
+#else
+  *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+#endif
+}
+
 template <int N>
 DEVICE Vector<float, N> zeros() {
   Vector<float, N> result;
