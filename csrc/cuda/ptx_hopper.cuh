@@ -174,10 +174,17 @@ DEVICE T cluster_load(const T* own_shared, int rank) {
   return got.value;
 }
 
-// --- stmatrix: ldmatrix's mirror (the plain form is in ptx.cuh) -----------------------------------------------------
+// --- stmatrix: ldmatrix's mirror -------------------------------------------------------------------------------------
 
-// Lane l gives the address of row l % 8 of matrix l / 8 (16 bytes, aligned); r[i] is its fragment of matrix i, of which
-// the columns become rows.
+// Lane l gives the address of row l % 8 of matrix l / 8 (16 bytes, aligned); r[i] is its fragment of matrix i.
+
+DEVICE void stmatrix_x4(void* shared, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(shared)),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
+// The columns of each matrix become rows.
 
 DEVICE void stmatrix_x4_transposed(void* shared, const uint32_t (&r)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(shared)),
