@@ -45,11 +45,11 @@ DEVICE float high_float(uint32_t pair) {
   return to_float(T{uint16_t(pair >> 16)});
 }
 
-// ---- vectors: N elements that one instruction loads or stores, aligned to their size (at most 16 bytes)
+// ---- vectors: elements that one instruction loads or stores, aligned to their size (at most 16 bytes)
 
-template <class T, int N>
-struct alignas(sizeof(T) * N) Vector {
-  T values[N];
+template <class T, int Count>
+struct alignas(sizeof(T) * Count) Vector {
+  T values[Count];
   DEVICE T& operator[](int i) { return values[i]; }
   DEVICE const T& operator[](int i) const { return values[i]; }
 };
@@ -58,23 +58,23 @@ struct alignas(sizeof(T) * N) Vector {
 template <class T>
 constexpr int VECTOR = 16 / int(sizeof(T));
 
-template <int N, class T>
-DEVICE Vector<T, N> load_vector(const T* pointer) {
-  static_assert(sizeof(T) * N <= 16, "the widest load is 16 bytes");
+template <int Count, class T>
+DEVICE Vector<T, Count> load_vector(const T* pointer) {
+  static_assert(sizeof(T) * Count <= 16, "the widest load is 16 bytes");
 #ifdef MEGALITE_EMULATE
-  return emulate_load<Vector<T, N>>(pointer);
+  return emulate_load<Vector<T, Count>>(pointer);
 #else
-  return *reinterpret_cast<const Vector<T, N>*>(pointer);
+  return *reinterpret_cast<const Vector<T, Count>*>(pointer);
 #endif
 }
 
-template <int N, class T>
-DEVICE void store_vector(T* pointer, const Vector<T, N>& vector) {
-  static_assert(sizeof(T) * N <= 16, "the widest store is 16 bytes");
+template <int Count, class T>
+DEVICE void store_vector(T* pointer, const Vector<T, Count>& vector) {
+  static_assert(sizeof(T) * Count <= 16, "the widest store is 16 bytes");
 #ifdef MEGALITE_EMULATE
-  emulate_store<Vector<T, N>>(pointer, vector);
+  emulate_store<Vector<T, Count>>(pointer, vector);
 #else
-  *reinterpret_cast<Vector<T, N>*>(pointer) = vector;
+  *reinterpret_cast<Vector<T, Count>*>(pointer) = vector;
 #endif
 }
 
@@ -89,27 +89,27 @@ DEVICE void copy_16(void* to, const void* from) {
 #endif
 }
 
-template <int N>
-DEVICE Vector<float, N> zeros() {
-  Vector<float, N> result;
+template <int Count>
+DEVICE Vector<float, Count> zeros() {
+  Vector<float, Count> result;
 #pragma unroll
-  for (int i = 0; i < N; i++) result[i] = 0.0f;
+  for (int i = 0; i < Count; i++) result[i] = 0.0f;
   return result;
 }
 
-template <class T, int N>
-DEVICE Vector<float, N> to_float(const Vector<T, N>& vector) {
-  Vector<float, N> result;
+template <class T, int Count>
+DEVICE Vector<float, Count> to_float(const Vector<T, Count>& vector) {
+  Vector<float, Count> result;
 #pragma unroll
-  for (int i = 0; i < N; i++) result[i] = to_float(vector[i]);
+  for (int i = 0; i < Count; i++) result[i] = to_float(vector[i]);
   return result;
 }
 
-template <class T, int N>
-DEVICE Vector<T, N> from_float(const Vector<float, N>& vector) {
-  Vector<T, N> result;
+template <class T, int Count>
+DEVICE Vector<T, Count> from_float(const Vector<float, Count>& vector) {
+  Vector<T, Count> result;
 #pragma unroll
-  for (int i = 0; i < N; i++) result[i] = from_float<T>(vector[i]);
+  for (int i = 0; i < Count; i++) result[i] = from_float<T>(vector[i]);
   return result;
 }
 
@@ -122,48 +122,48 @@ struct Max {
   static DEVICE float of(float a, float b) { return fmaxf(a, b); }
 };
 
-// Over aligned groups of WIDTH lanes; every lane of the warp must take part.
-template <class Operation, int WIDTH = 32>
+// Over aligned groups of Width lanes; every lane of the warp must take part.
+template <class Operation, int Width = 32>
 DEVICE float warp_reduce(float value) {
 #pragma unroll
-  for (int distance = WIDTH / 2; distance > 0; distance /= 2) {
+  for (int distance = Width / 2; distance > 0; distance /= 2) {
     value = Operation::of(value, __shfl_xor_sync(WHOLE_WARP, value, distance));
   }
   return value;
 }
 
-template <int WIDTH = 32>
+template <int Width = 32>
 DEVICE float warp_sum(float value) {
-  return warp_reduce<Sum, WIDTH>(value);
+  return warp_reduce<Sum, Width>(value);
 }
 
-template <int WIDTH = 32>
+template <int Width = 32>
 DEVICE float warp_max(float value) {
-  return warp_reduce<Max, WIDTH>(value);
+  return warp_reduce<Max, Width>(value);
 }
 
-// The same value in each of the block's THREADS_ threads. `scratch`: THREADS_ / 32 floats of shared memory, which may
+// The same value in each of the block's Threads threads. `scratch`: Threads / 32 floats of shared memory, which may
 // be used again at once: a barrier stands at both ends. Every thread must call it.
-template <class Operation, int THREADS_>
+template <class Operation, int Threads>
 DEVICE float block_reduce(float value, float* scratch) {
-  static_assert(THREADS_ % 32 == 0, "whole warps only");
+  static_assert(Threads % 32 == 0, "whole warps only");
   value = warp_reduce<Operation>(value);
-  if (THREADS_ == 32) return value;
+  if (Threads == 32) return value;
   if (lane_index() == 0) scratch[warp_index()] = value;
   __syncthreads();
   value = scratch[0];
 #pragma unroll
-  for (int warp = 1; warp < THREADS_ / 32; warp++) value = Operation::of(value, scratch[warp]);
+  for (int warp = 1; warp < Threads / 32; warp++) value = Operation::of(value, scratch[warp]);
   __syncthreads();
   return value;
 }
 
-template <int THREADS_>
+template <int Threads>
 DEVICE float block_sum(float value, float* scratch) {
-  return block_reduce<Sum, THREADS_>(value, scratch);
+  return block_reduce<Sum, Threads>(value, scratch);
 }
 
-template <int THREADS_>
+template <int Threads>
 DEVICE float block_max(float value, float* scratch) {
-  return block_reduce<Max, THREADS_>(value, scratch);
+  return block_reduce<Max, Threads>(value, scratch);
 }

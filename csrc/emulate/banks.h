@@ -17,15 +17,15 @@ inline void log_shared(Fiber& fiber, size_t offset, size_t bytes, bool write, ui
 
 // Cycles for one part: `count` lanes that access `bytes` each at `offsets`.
 inline int wavefronts(const uint32_t* offsets, int count, int bytes) {
-  uint32_t words[LANES][8];
+  uint32_t words[LANES][LANES];
   int used[LANES] = {}, most = 0;
   for (int i = 0; i < count; i++) {
     for (uint32_t word = offsets[i] / 4; word <= (offsets[i] + bytes - 1) / 4; word++) {
       const int bank = word % LANES;
       int k = 0;
-      while (k < used[bank] && k < 8 && words[bank][k] != word) k++;
+      while (k < used[bank] && words[bank][k] != word) k++;
       if (k == used[bank]) {
-        if (k < 8) words[bank][k] = word;
+        words[bank][k] = word;
         most = std::max(most, ++used[bank]);
       }
     }

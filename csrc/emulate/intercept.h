@@ -18,7 +18,7 @@ inline void fail_misaligned(const void* pointer, size_t bytes, const char* verb,
 }
 
 // A loop on a flag that another thread is to set never ends here: threads take turns only where they wait.
-constexpr uint64_t SPIN_LIMIT = uint64_t(1) << 27;
+constexpr uint64_t SPIN_LIMIT = uint64_t(1) << 23;
 
 inline void fail_spinning(uintptr_t pc) {
   fail("has made %lu accesses @%lx without waiting for anybody: a loop that does not end, or one on a flag",

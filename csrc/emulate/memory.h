@@ -94,7 +94,8 @@ inline void fail_outside(const void* pointer, size_t bytes, const char* verb, ui
       return fail("%s %zu bytes @%x of the local variables of thread %d", verb, bytes, where, fiber.thread);
     }
   }
-  if (!pointer) return fail("%s %zu bytes @%x at the null pointer: is an optional tensor missing?", verb, bytes, where);
+  if (reinterpret_cast<uintptr_t>(pointer) < 65536)
+    return fail("%s %zu bytes @%x at the null pointer: is an optional tensor missing?", verb, bytes, where);
   const Block& own = *state.current->block;
   const int64_t shared = static_cast<const unsigned char*>(pointer) - own.shared;
   if (shared >= -65536 && shared < int64_t(state.launch->shared_bytes) + 65536) {

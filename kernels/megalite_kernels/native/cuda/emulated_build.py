@@ -26,7 +26,15 @@ KERNEL_FLAGS = [
     # Each load and store calls the runtime; what a GPU's compiler would not merge must not be merged here either.
     *["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"],
     *["-fno-store-merging", "-fno-tree-vectorize", "-fno-tree-slp-vectorize", "-fno-builtin-memcmp"],
-    *["-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function", "-DMEGALITE_EMULATE=1"],
+    "-Werror=frame-larger-than=200000",  # a fiber's stack has 256 KiB: csrc/emulate/fiber.h
+    *[
+        "-ftrack-macro-expansion=0",
+        "-fmax-errors=5",
+        "-Wall",
+        "-Wno-unknown-pragmas",
+        "-Wno-unused-function",
+        "-DMEGALITE_EMULATE=1",
+    ],
 ]
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 _WHERE = re.compile(r"@(?:0x)?([0-9a-f]+)")
