@@ -1,20 +1,31 @@
-"""Two import packages in one distribution, and the native library, which is optional.
+"""Two import packages in one distribution, the native library and compiled CUDA kernels, which are optional.
 
 Everything declarative is in pyproject.toml. This file only says what that one cannot: where the second
 package lives (``kernels/megalite_kernels``), and how ``megalite_kernels._C`` is compiled. A machine
 without a compiler gets a complete installation without it, and is told so; ``MEGALITE_NO_NATIVE=1`` skips
 the compilation.
+
+The CUDA kernels' sources are always part of an installation, and compiled on the user's GPU when one is needed.
+``MEGALITE_CUDA_BUILD`` says whether nvcc compiles them here already:
+  auto  the default: where nvcc is found, for at most a minute; not in editable installations
+  1     all of them, however long it takes; without nvcc, or if one fails, the installation fails
+  0     none
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+import shutil
 import sys
+import types
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Command, Extension, find_packages, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 HEADERS = (".h", ".inc")
@@ -25,6 +36,10 @@ COMPILE_FLAGS = [
     "-Wall", "-Wextra", "-Wno-psabi",
 ]  # fmt: skip
 OPENMP_FLAG = "-fopenmp"
+CUDA_FOLDER = "megalite_kernels/native/cuda"
+CUDA_ARCHIVE = f"{CUDA_FOLDER}/kernels.zip"
+CUDA_BUDGET_S = 60.0
+"""A pip install must not take minutes that nobody asked for: what is late is compiled when it is needed."""
 
 
 def native_extensions() -> list[Extension]:
@@ -106,7 +121,91 @@ class OptionalBuildExt(build_ext):
                 say_native_missing("the C++ compiler failed (its messages are above)")
 
 
+class BuildPyWithCuda(build_py):
+    """Puts the CUDA sources beside the Python that compiles them: in a checkout they are in csrc/cuda."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib, CUDA_FOLDER, "csrc")
+            for source in sorted((ROOT / "csrc" / "cuda").glob("*.cuh")):
+                target.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target / source.name)
+
+
+class BuildCuda(Command):
+    """Compiles the CUDA kernels with nvcc, if it is there and MEGALITE_CUDA_BUILD doesn't object."""
+
+    description = "compile the CUDA kernels ahead of time"
+    user_options = [("build-lib=", None, "folder of the built package")]  # noqa: RUF012 (as setuptools has it)
+    editable_mode = False
+
+    def initialize_options(self) -> None:
+        self.build_lib: str | None = None
+
+    def finalize_options(self) -> None:
+        self.set_undefined_options("build_py", ("build_lib", "build_lib"))
+
+    def run(self) -> None:
+        wanted = os.environ.get("MEGALITE_CUDA_BUILD") or "auto"
+        if wanted not in ("0", "1", "auto"):
+            raise SystemExit(f"megalite: MEGALITE_CUDA_BUILD is {wanted!r}: use 0, 1 or auto")
+        archive = (ROOT / "kernels" if self.editable_mode else Path(self.build_lib or "")) / CUDA_ARCHIVE
+        if wanted == "0" or (wanted == "auto" and self.editable_mode):
+            archive.unlink(missing_ok=True)  # an older one must not outlive the wish for none
+            return
+        problem = compile_cuda(archive, None if wanted == "1" else CUDA_BUDGET_S)
+        if problem and wanted == "1":
+            raise SystemExit(f"megalite: MEGALITE_CUDA_BUILD=1, but {problem}")
+
+    def get_source_files(self) -> list[str]:
+        return [relative(path) for path in sorted((ROOT / "csrc" / "cuda").glob("*.cuh"))]
+
+    def get_outputs(self) -> list[str]:
+        archive = Path(self.build_lib or "", CUDA_ARCHIVE)
+        return [str(archive)] if archive.exists() else []
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+def compile_cuda(archive: Path, budget_s: float | None) -> str | None:
+    """Compile the shipped kernels into `archive`; says in one sentence what came of it, and returns what went wrong."""
+    builder, sources = torch_free("build"), torch_free("sources")
+    nvcc, kernels = builder.find_nvcc(), sources.shipped()
+    if nvcc is None:
+        print(
+            "megalite: CUDA kernels are not compiled now (no nvcc here): NVRTC, a part of torch for CUDA, compiles "
+            "each at its first use.",
+            file=sys.stderr,
+        )
+        return "nvcc was not found on PATH, in CUDA_HOME, or in the package nvidia-cuda-nvcc"
+    jobs = int(os.environ.get("MEGALITE_BUILD_JOBS") or os.cpu_count() or 1)
+    built = builder.build_archive(kernels, nvcc, archive, jobs=jobs, budget_s=budget_s or float("inf"))
+    failed = f", {len(built.failures)} failed: {built.failures[0]}" if built.failures else ""
+    late = (
+        f", {built.late} left for their first use (MEGALITE_CUDA_BUILD=1 compiles all)" if built.late else ""
+    )
+    print(
+        f"megalite: {built.compiled + built.reused} of {len(kernels)} CUDA kernels compiled in {built.seconds:.0f} s "
+        f"with nvcc {'.'.join(map(str, nvcc.version))}{late}{failed}",
+        file=sys.stderr,
+    )
+    return f"{len(built.failures)} kernels did not compile: {built.failures[0]}" if built.failures else None
+
+
+def torch_free(module: str) -> types.ModuleType:
+    """A module of megalite_kernels.native.cuda, without its packages' own code, which imports torch."""
+    for name in ("megalite_kernels", "megalite_kernels.native"):
+        if name not in sys.modules:
+            package = types.ModuleType(name)
+            package.__path__ = [str(ROOT.joinpath("kernels", *name.split(".")))]
+            sys.modules[name] = package
+    return importlib.import_module(f"megalite_kernels.native.cuda.{module}")
+
+
 compile_in_parallel()
+build.sub_commands = [*build.sub_commands, ("build_cuda", None)]
 setup(
     packages=[
         *find_packages(".", include=["megalite", "megalite.*"]),
@@ -119,5 +218,5 @@ setup(
     },
     include_package_data=False,
     ext_modules=native_extensions(),
-    cmdclass={"build_ext": OptionalBuildExt},
+    cmdclass={"build_ext": OptionalBuildExt, "build_py": BuildPyWithCuda, "build_cuda": BuildCuda},
 )

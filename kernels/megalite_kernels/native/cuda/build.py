@@ -24,6 +24,8 @@ from pathlib import Path
 from megalite_kernels.native.cuda import sources
 from megalite_kernels.native.cuda.kernel import Kernel
 
+VARIABLE = "MEGALITE_NVCC"
+"""Environment variable: the nvcc to use, and no other."""
 INDEX = "index.json"
 LEAST_NVCC = (12, 0)
 """Older ones know no grid constants and no tensor maps."""
@@ -61,8 +63,14 @@ class Built:
 
 
 def find_nvcc(packages_first: bool = False) -> Nvcc | None:
-    """The first nvcc that works: of PATH, CUDA_HOME, CUDA_PATH, /usr/local/cuda, the pip packages."""
-    candidates = [*_of_packages(), *_of_toolkits()] if packages_first else [*_of_toolkits(), *_of_packages()]
+    """The first nvcc that works: MEGALITE_NVCC alone, or of PATH, CUDA_HOME, CUDA_PATH, /usr/local/cuda, packages."""
+    chosen = os.environ.get(VARIABLE)
+    if chosen:
+        candidates = [chosen]
+    else:
+        candidates = (
+            [*_of_packages(), *_of_toolkits()] if packages_first else [*_of_toolkits(), *_of_packages()]
+        )
     for path in candidates:
         found = _ask(path)
         if found is not None and found.version >= LEAST_NVCC:
