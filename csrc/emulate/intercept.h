@@ -11,6 +11,9 @@
 
 namespace emulate {
 
+// Of a thread that has accumulators of wgmma: hopper_wgmma.h.
+inline void check_registers(const Fiber& fiber, const unsigned char* begin, size_t bytes, uintptr_t pc);
+
 inline void fail_misaligned(const void* pointer, size_t bytes, const char* verb, uintptr_t pc) {
   fail("%s %zu bytes @%lx at an address that is %lu past a multiple of %zu: such an access must be aligned to its size",
        verb, bytes, (unsigned long)module_offset(pc), (unsigned long)(reinterpret_cast<uintptr_t>(pointer) % bytes),
@@ -30,7 +33,10 @@ inline void check_access(const void* pointer, size_t bytes, bool write, bool ali
                          uint16_t kind = PLAIN) {
   Fiber* fiber = state.current;
   const unsigned char* p = static_cast<const unsigned char*>(pointer);
-  if (size_t(p - fiber->stack) < STACK_BYTES) return;
+  if (size_t(p - fiber->stack) < STACK_BYTES) {
+    if (fiber->accumulators) check_registers(*fiber, p, bytes, pc);
+    return;
+  }
   if (aligned && (reinterpret_cast<uintptr_t>(p) & (bytes - 1))) {
     return fail_misaligned(pointer, bytes, write ? "writes" : "reads", pc);
   }

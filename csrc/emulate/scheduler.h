@@ -8,6 +8,7 @@
 
 #include "barriers.h"
 #include "global_shadow.h"
+#include "hopper_wgmma.h"
 #include "memory.h"
 #include "shadow.h"
 #include "state.h"
@@ -49,6 +50,7 @@ inline void leave_kernel(Fiber& fiber) {
   if (!fiber.copies.empty() || !fiber.groups.empty()) {
     fail("leaves the kernel with cp_async copies that it has not waited for");
   }
+  check_stores_waited(fiber), check_products_waited(fiber);
 }
 
 inline void fiber_entry() {
@@ -111,7 +113,8 @@ inline bool allocate() {
   if (!stack) return false;
   state.blocks.assign(blocks, Block{});
   state.fibers.assign(size_t(threads) * blocks, Fiber{});
-  clocks.resize(2 * threads * blocks);
+  state.events.clear(), hopper_allocate();  // before the clocks that they hold
+  clocks.resize(agent_count(threads, blocks));
   clocks.reset();
   for (int i = 0; i < threads * blocks; i++) {
     Fiber& fiber = state.fibers[i];
@@ -129,7 +132,7 @@ inline bool allocate() {
 inline void begin_cluster(Dim3 first) {
   Clock* start = clocks.make();
   for (const Fiber& fiber : state.fibers) start->at[fiber.agent.index] = fiber.agent.now;
-  for (size_t i = state.fibers.size(); i < start->at.size(); i++) start->at[i] = ~0u >> 1;
+  hopper_begin(start);
   for (Fiber& fiber : state.fibers) {
     clocks.drop(fiber.agent.base);
     fiber.agent.base = clocks.share(start), fiber.agent.now++;

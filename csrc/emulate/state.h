@@ -63,7 +63,8 @@ struct Fiber {
   Block* block = nullptr;
   Fiber* warp = nullptr;  // lane 0 of its warp
   int warp_lanes = 0;
-  Agent agent;  // agent.index: the thread in the cluster
+  Agent agent;                // agent.index: the thread in the cluster
+  bool accumulators = false;  // has some that wgmma writes: accesses to its stack are checked
   Wait wait;
   std::vector<AsyncCopy> copies;              // issued, in no group yet
   std::deque<std::vector<AsyncCopy>> groups;  // committed, oldest first
