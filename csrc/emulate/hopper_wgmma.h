@@ -423,23 +423,4 @@ void emulate_register_limit(int registers, bool) {
   emulate::Finish limit{registers, 0};
   emulate::collective("setmaxnreg", ~0u, &limit, emulate::act_register_limit, EMULATE_PC);
 }
-
-void emulate_cluster_load(void* to, const void* own_shared, int rank, int bytes) {
-  using namespace emulate;
-  Fiber& me = *state.current;
-  const uintptr_t pc = EMULATE_PC;
-  if (rank < 0 || rank >= state.cluster_size) {
-    return fail("cluster_load @%lx of block %d of a cluster of %d", (unsigned long)module_offset(pc), rank,
-                state.cluster_size);
-  }
-  const int64_t offset = shared_place("cluster_load", own_shared, bytes, bytes, pc);
-  if (offset < 0) return;
-  Block& block = state.blocks[rank];
-  if (block.live == 0) {
-    return fail("cluster_load @%lx from block %d, which has ended: a cluster_sync must stand before a block's end",
-                (unsigned long)module_offset(pc), rank);
-  }
-  shadow_read(block, me.agent, offset, bytes, pc);
-  memcpy(to, block.shared + offset, bytes);
-}
 }
