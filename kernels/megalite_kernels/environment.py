@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megalite_kernels.native.cuda import state
 from megalite_kernels.timing import device_name
 
 NO_GPU = "GPU: none found; GPU kernels were not measured on this machine"
@@ -32,6 +33,7 @@ def facts() -> dict[str, Any]:
         "cpu": device_name("cpu"),
         "threads": torch.get_num_threads(),
         "native": native_library(),
+        "cuda_kernels": state.state(),
         "gpus": gpus(),
         "peers": {name: peer_version(name) for name in PEERS},
         "commit": commit(),
@@ -117,6 +119,7 @@ def describe(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("versions", ", ".join(f"{name} {text or 'not installed'}" for name, text in versions.items())),
         ("CPU", f"{found['cpu']}, {found['threads']} thread(s); OMP_NUM_THREADS {_omp()}"),
         ("native library", library),
+        ("CUDA kernels", state.describe(found["cuda_kernels"])),
     ]
     for gpu in found["gpus"]:
         driver = gpu["driver"] or "unknown"
