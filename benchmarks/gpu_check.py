@@ -1,5 +1,9 @@
 """Every kernel on this machine's NVIDIA GPU: contracts, the test catalogue, the benchmarks, and training steps.
 
+What is right comes before what is fast: the parts cuda (contracts and the catalogue on the CUDA kernels, which are not
+chosen by themselves where Triton's are preferred) and sanitizer (compute-sanitizer on them, where it is installed)
+run before the benchmarks.
+
     PYTHONPATH=.:kernels python benchmarks/gpu_check.py --out results [--parts tests]
 
 Needs torch, triton, numpy and pytest, no network and no installation. Each part is one or more processes with a
@@ -34,13 +38,19 @@ sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "kernels")) if path not 
 
 PART_LIMIT_S = 570.0
 """Of one part: a call of ten minutes holds it."""
+CUDA_TESTS = (
+    "norms", "attention", "attention_parts", "cross_entropy", "cross_entropy_local", "adamw", "grad_norm", "rope",
+)  # fmt: skip
+"""Files of tests/ops with ops that have CUDA kernels."""
+SANITIZERS = ("memcheck", "racecheck", "initcheck")
+SANITIZER = "compute-sanitizer"
 THROUGHPUT = {
     "throughput-124m": ["--preset", "gpt2-124m", "--micro-batch-size", "16"],
     "throughput-1.5b": ["--preset", "gpt2-1.5b", "--micro-batch-size", "4"],
     "throughput-llama": ["--preset", "llama3.2-3b", "--micro-batch-size", "2"],
 }
 """Part → model and batch on which trainers are compared; 3.2B parameters with their state take 58 GB."""
-PARTS = ("build", "doctor", "tests", "bench")
+PARTS = ("build", "doctor", "tests", "cuda", "sanitizer", "bench")
 """Run by default."""
 NAMED = ("train", *THROUGHPUT)
 """Parts that train, which needs more packages: asked for by name."""
@@ -88,6 +98,19 @@ def steps(part: str, device: str, out: Path) -> Iterator[Step]:
         for file in (file for file in files if device == "cpu" or file.name not in ABOUT_THE_CPU):
             command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/ops/{file.name}"]
             yield Step(part, file.stem, command, 240, {"MEGALITE_TEST_DEVICE": device})
+    elif part == "cuda":
+        contracts = [python, "-m", "benchmarks.cuda_check", "--device", device]
+        yield Step(
+            part, "contracts", contracts, 280, {"MEGALITE_CUDA_EMULATE": "80"} if device == "cpu" else {}
+        )
+        for name in CUDA_TESTS:
+            command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/ops/test_{name}.py"]
+            chosen = {"MEGALITE_TEST_DEVICE": device} | (
+                {"MEGALITE_TEST_KERNELS": "cuda"} if device == "cuda" else {}
+            )
+            yield Step(part, name, command, 240, chosen)
+    elif part == "sanitizer":
+        yield from sanitizer_steps(device)
     elif part == "bench":
         kernels = [python, "-m", "benchmarks.kernels", "--device", device, "--limit", str(PART_LIMIT_S - 30)]
         yield Step(part, "kernels", [*kernels, "--output", str(out / "kernels")], PART_LIMIT_S)
@@ -107,6 +130,19 @@ def steps(part: str, device: str, out: Path) -> Iterator[Step]:
             precision(),
         ]
         yield Step(part, "trainers", [*command, "--output", str(out / "throughput.jsonl")], PART_LIMIT_S)
+
+
+def sanitizer_steps(device: str) -> Iterator[Step]:
+    """Every CUDA kernel at small shapes under each tool; torch's memory pool, which hides overruns, is off."""
+    for tool in SANITIZERS:
+        checked = [sys.executable, "-m", "benchmarks.cuda_check", "--run-only", "--device", device]
+        under = [sanitizer() or SANITIZER, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
+        yield Step("sanitizer", tool, [*under, *checked], 180, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+
+
+def sanitizer() -> str | None:
+    """Where compute-sanitizer is; None if it isn't installed."""
+    return shutil.which(SANITIZER) or shutil.which(f"/usr/local/cuda/bin/{SANITIZER}")
 
 
 def precision() -> str:
@@ -161,6 +197,9 @@ def last_line(path: Path) -> str:
 def run_part(part: str, device: str, out: Path) -> Iterator[Result]:
     """Run a part's steps within its time."""
     reason = unbuildable() if part == "build" else None
+    if part == "sanitizer" and sanitizer() is None:
+        yield Result(part, SANITIZER, True, 0.0, f"skipped: {SANITIZER} is not installed")
+        return
     if part in NAMED and (missing := [name for name in TRAINING if importlib.util.find_spec(name) is None]):
         reason = f"training needs {', '.join(missing)}, not installed"
     if reason is not None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.cuda_check import CUDA_FIRST, cuda_ops
 from benchmarks.kernels.peers import Peer
 from megalite_kernels import environment
 from megalite_kernels.cases import cases_of
@@ -30,6 +31,8 @@ from megalite_kernels.speed import BOTH, COMPILED, COPY, EAGER, OURS, PRODUCT, S
 from megalite_kernels.timing import device_name
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CUDA = "cuda"
+"""Variant: ours, on CUDA kernels wherever there are some, whatever `PREFERENCE` says."""
 RESULTS = "benchmarks/results/kernels"
 
 
@@ -122,15 +125,16 @@ def measured(
     benchmark: Benchmark, case: Case, shape: Shape, dtype: str, arguments: Arguments, budget_s: float
 ) -> list[Speed]:
     """Speeds of all variants; if one of them fails, of fewer: without peers, then ours alone, then none."""
-    variants = variants_of(case, benchmark.peers.get(case.name, ()), arguments)
-    own = {name: variants[name] for name in (OURS, EAGER, COMPILED) if name in variants}
+    variants = variants_of(case, benchmark.peers.get(case.name, ()), arguments, dtype)
+    own = {name: variants[name] for name in (OURS, CUDA, EAGER, COMPILED) if name in variants}
     sets = [variants, *([own] if len(own) < len(variants) else []), {OURS: case.ours}]
     for chosen in sets:
         torch.compiler.reset()  # else the eighth shape or dtype of one function would silently run uncompiled
         try:
             return measure_case(
-                case, shape, DTYPES[dtype], chosen, device=arguments.device, budget_s=budget_s
-            )
+                case, shape, DTYPES[dtype], chosen, device=arguments.device, budget_s=budget_s,
+                backends={CUDA: CUDA_FIRST},
+            )  # fmt: skip
         except Exception as error:  # a variant that fails must not lose the others
             first = (str(error).strip().splitlines() or [""])[0]
             names = ", ".join(chosen)
@@ -140,12 +144,25 @@ def measured(
     return []
 
 
-def variants_of(case: Case, peers: Sequence[Peer], arguments: Arguments) -> dict[str, Callable[..., Any]]:
-    """Ours, plain torch, and what else runs here."""
+def variants_of(
+    case: Case, peers: Sequence[Peer], arguments: Arguments, dtype: str
+) -> dict[str, Callable[..., Any]]:
+    """Ours, plain torch, and what else runs here; ours on CUDA kernels too, where a case has some."""
     variants: dict[str, Callable[..., Any]] = {OURS: case.ours, EAGER: case.baseline()}
+    if arguments.device == "cuda" and has_cuda_kernels(case, dtype):
+        variants[CUDA] = case.ours
     if arguments.compile:
         variants[COMPILED] = compiled(case)
     return variants | {peer.name: peer.build() for peer in peers if peer.unusable(arguments.device) is None}
+
+
+def has_cuda_kernels(case: Case, dtype: str) -> bool:
+    """Whether any op of the case runs on a CUDA kernel; one that fails is named and left out."""
+    try:
+        return bool(cuda_ops(case, DTYPES[dtype], "cuda"))
+    except Exception as error:  # a kernel that doesn't compile must not lose the other variants
+        print(f"  {case.name} {dtype}: CUDA kernels left out: {type(error).__name__}: {error}")
+        return False
 
 
 def say_what_is_missing(benchmark: Benchmark, device: str) -> None:

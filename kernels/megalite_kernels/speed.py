@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalite_kernels.backend import use_backend
 from megalite_kernels.cases.base import Case, Inputs, Shape
 from megalite_kernels.timing import Timing, copy_of, measure, product_of
 
@@ -62,12 +63,14 @@ def measure_case(
     budget_s: float = 2.0,
     cold: bool = True,
     graphs: bool = True,
+    backends: Mapping[str, tuple[str, ...]] | None = None,
 ) -> list[Speed]:
     """Times every variant, forward and (where there is one) forward and backward, interleaved.
 
     Args:
         variants: name to a function that is called as `case.ours` is.
         device, rounds, budget_s, cold, graphs: as in `timing.measure`.
+        backends: name of a variant to the back-ends it is forced to run on, forward and backward.
 
     Returns:
         The variants' speeds; those of the yardsticks too, as variants "copy" and "product".
@@ -79,7 +82,8 @@ def measure_case(
     calls: dict[tuple[str, str], Callable[[], object]] = {}
     for kind in passes:
         for name, function in variants.items():
-            calls[name, kind] = prepared(case, function, inputs, backward=kind == BOTH)
+            call = prepared(case, function, inputs, backward=kind == BOTH)
+            calls[name, kind] = forced(call, backends[name]) if backends and name in backends else call
         calls[COPY, kind] = copy_of(work.bytes(kind == BOTH), device)
     size = PRODUCT_SIZE[device]
     calls[PRODUCT, FORWARD] = product_of(size, dtype, device)
@@ -126,6 +130,16 @@ def prepared(
         return torch.autograd.grad(outputs, leaves, weights, allow_unused=True)
 
     return both
+
+
+def forced(call: Callable[[], object], names: tuple[str, ...]) -> Callable[[], object]:
+    """The same call on these back-ends."""
+
+    def run() -> object:
+        with use_backend(*names):
+            return call()
+
+    return run
 
 
 def compiled(case: Case) -> Callable[..., Any]:

@@ -76,6 +76,30 @@ def test_the_catalogue_and_the_doctor_are_told_the_device(tmp_path: Path) -> Non
     assert doctor[doctor.index("--device") + 1] == "cuda"
 
 
+def test_cuda_kernels_are_proven_before_they_are_timed(tmp_path: Path) -> None:
+    order = list(gpu_check.PARTS)
+    assert order.index("cuda") < order.index("sanitizer") < order.index("bench")
+    contracts, *catalogue = gpu_check.steps("cuda", "cuda", tmp_path)
+    assert contracts.command[1:] == ["-m", "benchmarks.cuda_check", "--device", "cuda"]
+    for step in catalogue:
+        assert step.environment == {"MEGALITE_TEST_DEVICE": "cuda", "MEGALITE_TEST_KERNELS": "cuda"}
+        assert (ROOT / step.command[-1]).is_file()
+
+
+def test_the_sanitizer_runs_every_tool_or_says_why_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: f"/tools/{name}" if "/" not in name else None)
+    steps = list(gpu_check.steps("sanitizer", "cuda", tmp_path))
+    assert [step.name for step in steps] == ["memcheck", "racecheck", "initcheck"]
+    assert all(step.command[0] == "/tools/compute-sanitizer" for step in steps)
+    assert all("--run-only" in step.command for step in steps)
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: None)
+    (result,) = gpu_check.run_part("sanitizer", "cuda", tmp_path)
+    assert result.ok
+    assert result.summary == "skipped: compute-sanitizer is not installed"
+
+
 def test_the_catalogue_refuses_a_device_that_is_not_here() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -100,4 +124,7 @@ def test_wrong_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         gpu_check.main(["--out", "x", "--parts", "test"])
     assert stop.value.code == 2
-    assert "part 'test' is not known: use some of build, doctor, tests, bench" in capsys.readouterr().err
+    assert (
+        "part 'test' is not known: use some of build, doctor, tests, cuda, sanitizer, bench"
+        in capsys.readouterr().err
+    )

@@ -1,8 +1,8 @@
 """What the op tests share: backends, dtypes, and the comparison with plain torch and float64.
 
 MEGALITE_TEST_DEVICE=cuda runs them on a GPU: every tensor is made there (conftest.py sets torch's default device),
-and the Triton kernels take the place of the native library. "interpreter" does so on the CPU, in Triton's
-interpreter (with TRITON_INTERPRET=1).
+and the Triton kernels take the place of the native library, or those of the back-end that MEGALITE_TEST_KERNELS names.
+"interpreter" does so on the CPU, in Triton's interpreter (with TRITON_INTERPRET=1).
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torch import Tensor
 from megalite_kernels.testing import assert_as_accurate, results_and_grads
 
 WHERE = os.environ.get("MEGALITE_TEST_DEVICE", "cpu")
+KERNELS = os.environ.get("MEGALITE_TEST_KERNELS", "triton")
+"""Back-end of another device than the CPU."""
 DEVICE = "cpu" if WHERE == "interpreter" else WHERE
 ABOUT_THE_CPU = [f"test_{name}.py" for name in ("backend", "isa", "native_math", "threads", "timing")]
 """Files that say nothing about another device."""
@@ -32,8 +34,8 @@ BACKENDS = [pytest.param("reference"), pytest.param("cpu", marks=needs_native)]
 RAW_BACKENDS = ("reference", "cpu", "sdpa")
 """Whose functions the default device's tensors can be given to directly."""
 if WHERE != "cpu":
-    BACKENDS = [pytest.param("reference"), pytest.param("triton")]
-    RAW_BACKENDS = ("reference", "triton")
+    BACKENDS = [pytest.param("reference"), pytest.param(KERNELS)]
+    RAW_BACKENDS = ("reference", KERNELS)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
