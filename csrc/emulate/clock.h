@@ -74,26 +74,39 @@ class Release {
   // All that `agent` did or knew until now becomes known to those who acquire this phase.
   void arrive(Agent& agent) {
     if (!clock_) clock_ = clocks.make();
-    if (agent.base != last_) merge(clock_, agent.base), last_ = agent.base;
+    if (agent.base != last_) {
+      merge(clock_, agent.base);
+      forget();
+      last_ = clocks.share(agent.base);
+    }
     clock_->at[agent.index] = std::max(clock_->at[agent.index], agent.now++);
   }
   // An asynchronous copy `agent` completed at `time`; `known` is what its issuer knew.
   void complete(int agent, uint32_t time, const Clock* known) {
     if (!clock_) clock_ = clocks.make();
-    merge(clock_, known), last_ = nullptr;
+    merge(clock_, known);
+    forget();
     clock_->at[agent] = std::max(clock_->at[agent], time);
   }
   // Ends the phase: the caller owns the clock returned (drop it), and the next phase starts with nothing.
   Clock* seal() {
     Clock* sealed = clock_ ? clock_ : clocks.make();
-    clock_ = nullptr, last_ = nullptr;
+    clock_ = nullptr;
+    forget();
     return sealed;
   }
   void clear() { clock_ = nullptr, last_ = nullptr; }
 
  private:
+  void forget() {
+    clocks.drop(last_);
+    last_ = nullptr;
+  }
+
   Clock* clock_ = nullptr;
-  const Clock* last_ = nullptr;  // the base merged last: threads of a warp mostly share one
+  // The base merged last: threads of a warp mostly share one. Held, for a phase may last long, and a clock that was
+  // given back would come again with another content under the same address.
+  Clock* last_ = nullptr;
 };
 
 // `agent` learns all of `clock`. `dominates`: the agent itself arrived in that phase, so the clock has all it knew.
