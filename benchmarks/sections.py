@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.cuda_tables import cuda_kernels
 from benchmarks.records import (
     KERNELS,
     PIPELINE,
@@ -295,5 +296,6 @@ def pipeline_table(results: Path, chosen: Chosen) -> str:
 SECTIONS: Mapping[str, Callable[[Path, Chosen], str]] = {
     "throughput": throughput_tables,
     "kernels": kernel_tables,
+    "cuda-kernels": cuda_kernels,
     "pipeline": pipeline_table,
 }
