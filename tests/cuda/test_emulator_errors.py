@@ -53,6 +53,8 @@ MISTAKES: list[tuple[str, str, dict[str, Any]]] = [
     ("atomic_and_plain", "race on shared memory", {}),
     ("unaligned_rows", "ldmatrix: lane 1 gives the address of byte 12", {"shared": 16 * THREADS}),
     ("endless_loop", "without waiting for anybody", {}),
+    ("leaves_its_cluster", "has left the kernel|may still read", {"blocks": 2, "cluster": 2}),
+    ("cluster_race", "race on shared memory|nothing has written", {"blocks": 2, "cluster": 2}),
 ]
 
 

@@ -94,25 +94,25 @@ def _load(kernel: Kernel, folder: Path) -> Built:
 
 
 def _build_runtime(source: Path) -> Path:
-    return _build(RUNTIME_FLAGS, source.read_text(encoding="utf-8"), source, [], "runtime")
+    return _build(RUNTIME_FLAGS, f'#include "emulate/{source.name}"\n', source, [], "runtime")
 
 
 def _build_kernel(kernel: Kernel, folder: Path, runtime: Path) -> Path:
     source = folder / "cuda" / kernel.source
     text = (
-        f'#include "{folder}/emulate/device.h"\n#include "{source}"\n'
-        f'#define EMULATE_KERNEL {kernel.name}\n#include "{folder}/emulate/entry.h"\n'
+        f'#include "emulate/device.h"\n#include "{kernel.source}"\n'
+        f'#define EMULATE_KERNEL {kernel.name}\n#include "emulate/entry.h"\n'
     )
-    defines = [f"-D{name}={value}" for name, value in kernel.all_defines]
-    flags = [*KERNEL_FLAGS, *defines, f"-I{folder}/cuda"]
+    flags = [*KERNEL_FLAGS, *(f"-D{name}={value}" for name, value in kernel.all_defines)]
     link = [str(runtime), "-Wl,-rpath,$ORIGIN"]
     return _build(flags, text, source, link, f"{source.stem}-{kernel.name}")
 
 
 def _build(flags: list[str], text: str, source: Path, link: list[str], name: str) -> Path:
-    """Compile `text`, which stands for `source`; safe with other processes that build the same."""
+    """Compile `text`, which includes `source`; safe with other processes that build the same."""
+    # Names but no folders: a copy of the sources, or another checkout, finds what is built.
     content = [_compiler_version(), *flags, text, *link]
-    content += [f"{path}\n{body}" for path, body in sorted(_closure(source, text).items())]
+    content += sorted(f"{Path(path).name}\n{body}" for path, body in _closure(source, text).items())
     key = hashlib.sha256("\0".join(content).encode()).hexdigest()[:20]
     target = _cache() / f"{name}-{key}.so"
     if target.is_file():
@@ -123,7 +123,8 @@ def _build(flags: list[str], text: str, source: Path, link: list[str], name: str
         unit.write_text(text, encoding="utf-8")
         # Linked by itself: with the flags of the compiler, libtsan would come too.
         compiled = str(unit.with_suffix(".o"))
-        _run([_compiler(), *flags, f"-I{source.parent}", "-c", str(unit), "-o", compiled], source.name)
+        folders = [f"-I{folder}" for folder in _folders()]
+        _run([_compiler(), *flags, *folders, "-c", str(unit), "-o", compiled], source.name)
         _run([_compiler(), "-shared", "-Wl,-z,defs", compiled, "-o", str(made), *link, "-ldl"], source.name)
         os.replace(made, target)  # whole or not at all, whoever else builds it now
     return target
@@ -141,7 +142,7 @@ def _closure(source: Path, text: str) -> dict[str, str]:
     todo = [(source.parent, name) for name in _INCLUDE.findall(text)]
     while todo:
         folder, name = todo.pop()
-        for place in (folder, csrc() / "cuda"):
+        for place in (folder, *_folders()):
             path = (place / name).resolve()
             if path.is_file():
                 if str(path) not in found:
@@ -149,6 +150,11 @@ def _closure(source: Path, text: str) -> dict[str, str]:
                     todo += [(path.parent, other) for other in _INCLUDE.findall(found[str(path)])]
                 break
     return found
+
+
+def _folders() -> tuple[Path, Path]:
+    """Where includes are looked for."""
+    return csrc(), csrc() / "cuda"
 
 
 def _cache() -> Path:
