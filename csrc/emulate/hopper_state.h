@@ -36,6 +36,21 @@ inline int barrier_agent(const Block& block, int slot) {
   return 3 * cluster_threads() + state.cluster_size * groups_of(state.threads()) + block.rank * BARRIER_SLOTS + slot;
 }
 
+inline void describe_access(char* text, size_t size, const char* kind, int agent) {
+  const int n = cluster_threads(), threads = state.threads(), groups = state.cluster_size * groups_of(threads);
+  const int thread = agent % n, other = agent - 3 * n;
+  if (agent < n) {
+    snprintf(text, size, "%s of thread %d of block rank %d", kind, thread % threads, thread / threads);
+  } else if (agent < 3 * n) {
+    snprintf(text, size, "%s by a TMA store of thread %d of block rank %d", kind, thread % threads, thread / threads);
+  } else if (other < groups) {
+    snprintf(text, size, "%s by a wgmma of warp group %d of block rank %d, which must be waited for", kind,
+             other % groups_of(threads), other / groups_of(threads));
+  } else {
+    snprintf(text, size, "%s by a TMA load, whose mbarrier must be waited for", kind);
+  }
+}
+
 // A clock of one's own, for as long as something needs it.
 using SharedClock = std::shared_ptr<Clock>;
 inline SharedClock hold(Clock* clock) {
@@ -172,7 +187,7 @@ inline void fail_proxy(const char* what, size_t offset, const Access& write, uin
 // False, and failed, if the last write there is not ordered before, or not visible.
 inline bool check_visible(const char* what, const Clock& known, const Access& write, size_t offset, uintptr_t pc) {
   if (known.at[write.agent] < write.time) {
-    fail_race(what, pc, offset, "write", write);
+    fail_race(what, module_offset(pc), offset, "write", write);
     return false;
   }
   if (write.agent < cluster_threads() && known.at[flush_agent(write.agent)] < write.time) {
@@ -218,6 +233,12 @@ inline void end_async_read(Block& block, size_t offset, size_t bytes) { shadow_e
 // The bytes are nobody's until end_async_write.
 inline void begin_async_write(const char* what, Block& block, const Clock& known, size_t offset, size_t bytes,
                               uintptr_t pc) {
+  for (const auto& [at, barrier] : hopper_block(block).barriers) {
+    if (at + 8 > offset && at < offset + bytes) {
+      return fail("%s @%lx of bytes %zu to %zu of shared memory, over the mbarrier at byte %zu", what,
+                  (unsigned long)module_offset(pc), offset, offset + bytes, at);
+    }
+  }
   for (size_t i = offset; i < offset + bytes; i++) {
     const Cell& cell = block.cells[i];
     if (block.flags[i] >= LANDING) {
@@ -226,7 +247,7 @@ inline void begin_async_write(const char* what, Block& block, const Clock& known
     }
     if (!check_visible(what, known, cell.write, i, pc)) return;
     for (const Access& read : cell.reads) {
-      if (known.at[read.agent] < read.time) return fail_race(what, pc, i, "read", read);
+      if (known.at[read.agent] < read.time) return fail_race(what, module_offset(pc), i, "read", read);
     }
     block.flags[i] |= LANDING;
   }

@@ -43,14 +43,16 @@ inline void note_reader(Block& block, const Agent& agent) {
   block.readers[agent.index] = agent.now;
 }
 
-inline void fail_race(const char* mine, uintptr_t pc, size_t offset, const char* theirs, const Access& other) {
-  const int threads = state.threads(), n = threads * state.cluster_size;
-  const int thread = other.agent % n;
+// "write of thread 3 of block rank 0", or which asynchronous work it was: hopper_state.h.
+void describe_access(char* text, size_t size, const char* kind, int agent);
+
+inline void fail_race(const char* mine, uintptr_t where, size_t offset, const char* theirs, const Access& other) {
+  char access[128];
+  describe_access(access, sizeof access, theirs, other.agent);
   fail(
-      "race on shared memory at byte %zu: %s @%lx is not ordered after the %s%s of thread %d of block rank %d @%x; "
-      "a barrier (or __syncwarp within a warp) must stand between them",
-      offset, mine, (unsigned long)pc, other.agent >= n ? "asynchronous " : "", theirs, thread % threads,
-      thread / threads, other.pc);
+      "race on shared memory at byte %zu: %s @%lx is not ordered after the %s @%x; a barrier (or __syncwarp within a "
+      "warp) must stand between them",
+      offset, mine, (unsigned long)where, access, other.pc);
 }
 
 inline void shadow_read(Block& block, const Agent& agent, size_t offset, size_t bytes, uintptr_t pc,
