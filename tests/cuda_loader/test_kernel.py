@@ -67,7 +67,7 @@ def test_a_tensor_map_that_cannot_be(changes, message):
         ((1, 1), (), "a grid has 3 sides"),
         ((2, 65536, 1), (), "up to"),
         ((3, 1, 1), (), "3 blocks along x are no multiple of its cluster of 2"),
-        ((2, 1, 1), (1, True), "argument 1 is a bool"),
+        ((2, 1, 1), (2, True), "argument 1 is a bool"),
     ],
 )
 def test_a_launch_that_cannot_be(grid, args, message):

@@ -14,6 +14,7 @@ MAX_SHARED_BYTES = 227 << 10
 """Of dynamic shared memory in a block, on sm_90 and sm_100; sm_80 has 163 KiB."""
 MAX_CLUSTER = 8
 """Blocks of a cluster that every sm_90 and later can run."""
+MAX_GRID = (2**31 - 1, 65535, 65535)
 SWIZZLES = (0, 32, 64, 128)
 
 
@@ -136,19 +137,19 @@ def _require(condition: bool, message: str) -> None:
 
 
 def check_arguments(kernel: Kernel, grid: Sequence[int], args: Sequence[Argument]) -> None:
-    """Raise for a grid or an argument that no launch could take; bools are refused, as C++ has none here."""
-    _require(len(grid) == 3, f"{kernel.name}: a grid has 3 sides, not {len(grid)}")
-    limits = (2**31 - 1, 65535, 65535)
-    _require(
-        all(0 <= side <= limit for side, limit in zip(grid, limits, strict=True)),
-        f"{kernel.name}: a grid has up to {limits} blocks, not {tuple(grid)}",
-    )
-    _require(
-        grid[0] % kernel.cluster == 0,
-        f"{kernel.name}: {grid[0]} blocks along x are no multiple of its cluster of {kernel.cluster}",
-    )
-    for place, value in enumerate(args):
-        _require(
-            not isinstance(value, bool),
-            f"{kernel.name}: argument {place} is a bool: pass an int",
+    """Raise for a grid or an argument that no launch could take; bools are refused, as C++ has none here.
+
+    It is called at every launch: nothing is computed that isn't wrong.
+    """
+    if len(grid) != 3:
+        raise ValueError(f"{kernel.name}: a grid has 3 sides, not {len(grid)}")
+    x, y, z = grid
+    if not (0 <= x <= MAX_GRID[0] and 0 <= y <= MAX_GRID[1] and 0 <= z <= MAX_GRID[2]):
+        raise ValueError(f"{kernel.name}: a grid has up to {MAX_GRID} blocks, not {tuple(grid)}")
+    if x % kernel.cluster:
+        raise ValueError(
+            f"{kernel.name}: {x} blocks along x are no multiple of its cluster of {kernel.cluster}"
         )
+    for place, value in enumerate(args):
+        if value is True or value is False:
+            raise ValueError(f"{kernel.name}: argument {place} is a bool: pass an int")

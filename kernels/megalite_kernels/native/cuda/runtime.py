@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Sequence
 
@@ -40,9 +39,13 @@ def launch(
     if 0 in grid:
         return
     if device.type == "cuda":
-        importlib.import_module("megalite_kernels.native.cuda.driver").launch(kernel, grid, args, device)
+        from megalite_kernels.native.cuda import driver
+
+        driver.launch(kernel, grid, args, device)
     else:
-        importlib.import_module("megalite_kernels.native.cuda.emulated").launch(kernel, grid, args)
+        from megalite_kernels.native.cuda import emulated
+
+        emulated.launch(kernel, grid, args)
 
 
 def arch(device: torch.device) -> int:
@@ -70,8 +73,9 @@ def shared_bytes_limit(device: torch.device) -> int:
     """Shared memory that one block may have; 99 KiB on sm_86 and sm_89, though their family is 80."""
     if device.type != "cuda":
         return (163 if emulated_architecture() == 80 else 227) << 10
-    driver = importlib.import_module("megalite_kernels.native.cuda.driver")
-    return int(driver.device_of(_index(device)).shared_bytes_limit)
+    from megalite_kernels.native.cuda import driver
+
+    return driver.device_of(_index(device)).shared_bytes_limit
 
 
 def emulated_architecture() -> int:
