@@ -15,11 +15,9 @@
 
 namespace ptx {
 
-DEVICE uint32_t shared_address(const void* pointer) {
-  uint32_t address;
-  asm("{.reg .u64 wide; cvta.to.shared.u64 wide, %1; cvt.u32.u64 %0, wide;}" : "=r"(address) : "l"(pointer));
-  return address;
-}
+// A built-in and no instruction: the compiler sees through it, so that an address of shared memory and a constant stay
+// one 32-bit register and an immediate.
+DEVICE uint32_t shared_address(const void* pointer) { return uint32_t(__cvta_generic_to_shared(pointer)); }
 
 // ---- arithmetic and conversions
 
@@ -113,6 +111,13 @@ DEVICE void ldmatrix_x2_transposed(uint32_t (&r)[2], const void* shared) {
 DEVICE void cp_async_16(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+// The same for 8 bytes, where neither side has a better alignment.
+DEVICE void cp_async_8(void* shared, const void* global, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(valid ? 8 : 0)
                : "memory");
 }
 

@@ -90,6 +90,7 @@ DEVICE void stmatrix_x4(void* shared, const uint32_t (&r)[4]) {
 }
 
 DEVICE void cp_async_16(void* shared, const void* global, bool valid) { emulate_cp_async(shared, global, 16, valid); }
+DEVICE void cp_async_8(void* shared, const void* global, bool valid) { emulate_cp_async(shared, global, 8, valid); }
 DEVICE void cp_async_commit() { emulate_cp_async_commit(); }
 template <int N>
 DEVICE void cp_async_wait() {

@@ -94,7 +94,7 @@ def reporting() -> Iterator[list[Report]]:
     try:
         yield reports
     finally:
-        _reports.remove(reports)
+        _reports[:] = [other for other in _reports if other is not reports]  # equal ones are others
 
 
 def seed() -> int:
