@@ -2,129 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import megalite_kernels as mk
-from megalite_kernels.ops.attention import attention_backward, attention_forward
-from megalite_kernels.testing import assert_as_accurate
 from megalite_kernels.triton import attention as launchers
 from megalite_kernels.triton.launch import Launch, override
+from tests.helpers import attention as helpers
 from tests.ops.catalogue import random
 
-NAMES = ("out", "lse", "dq", "dk", "dv", "dsinks")
-
-
-def plain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor | None,
-    bounds: list[list[int]] | None,
-    options: dict[str, Any],
-) -> tuple[Tensor, Tensor]:
-    """(out, lse) written out in the dtype of the inputs, documents one after another."""
-    if bounds is None:
-        return one_document(q, k, v, sinks, **options)
-    places = zip(itertools.pairwise(bounds[0]), itertools.pairwise(bounds[-1]), strict=True)
-    parts = [
-        one_document(q[None, a:b], k[None, c:d], v[None, c:d], sinks, **options) for (a, b), (c, d) in places
-    ]
-    return torch.cat([out[0] for out, _ in parts]), torch.cat([lse[0] for _, lse in parts], -1)
-
-
-def one_document(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor | None,
-    causal: bool = True,
-    window: int | None = None,
-    offset: int = 0,
-    softcap: float | None = None,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    groups = q.shape[2] // k.shape[2]
-    k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = torch.einsum("bqnd,bknd->bnqk", q, k) * scale
-    scores = scores.float() if scores.dtype != torch.float64 else scores
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    shift = k.shape[1] - q.shape[1] + offset
-    back = torch.arange(q.shape[1]).unsqueeze(1) + shift - torch.arange(k.shape[1])
-    mask = ((back >= 0) | (not causal)) & (back.abs() < (window or 10**9))
-    seen = mask.any(-1, keepdim=True)
-    if sinks is None:
-        logits = scores.masked_fill(~mask & seen, -torch.inf)
-    else:
-        column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-        logits, seen = torch.cat((scores.masked_fill(~mask, -torch.inf), column), -1), seen | True
-    probabilities = logits.softmax(-1)[..., : k.shape[1]].masked_fill(~mask, 0.0)
-    lse = logits.logsumexp(-1).masked_fill(~seen.squeeze(-1), -torch.inf)
-    return torch.einsum("bnqk,bknd->bqnd", probabilities.to(v.dtype), v), lse
-
-
-def cumulative(bounds: list[list[int]] | None) -> dict[str, Any]:
-    if bounds is None:
-        return {}
-    longest = max(b - a for places in bounds for a, b in itertools.pairwise(places))
-    cu_seqlens, *keys = (torch.tensor(places, dtype=torch.int32) for places in bounds)
-    return {"cu_seqlens": cu_seqlens, "cu_seqlens_k": keys[0] if keys else None, "max_seqlen": longest}
-
-
-def ours(
-    inputs: list[Tensor], grads: list[Tensor], bounds: list[list[int]] | None, options: dict[str, Any]
-) -> list[Tensor]:
-    """Out, lse and every gradient, on the Triton backend."""
-    q, k, v, sinks = [*inputs, None][:4]
-    every = {**options, **cumulative(bounds), "sinks": sinks}
-    with mk.use_backend("triton"):
-        out, lse = attention_forward(q, k, v, **every)
-        results = attention_backward(grads[0], q, k, v, out, lse, dlse=grads[1], **every)
-    return [out, lse, *(x for x in results if x is not None)]
-
-
-def theirs(
-    inputs: list[Tensor], grads: list[Tensor], bounds: list[list[int]] | None, options: dict[str, Any]
-) -> list[Tensor]:
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    q, k, v, sinks = [*leaves, None][:4]
-    out, lse = plain(q, k, v, sinks, bounds, options)
-    finite = torch.where(torch.isfinite(lse), lse, 0.0)
-    loss = (out * grads[0].to(out.dtype)).sum() + (finite * grads[1].to(lse.dtype)).sum()
-    return [out.detach(), lse.detach(), *torch.autograd.grad(loss, leaves)]
-
-
-def check(
-    shapes: tuple[Any, ...],
-    options: dict[str, Any] | None = None,
-    *,
-    dtype: torch.dtype = torch.float32,
-    bounds: list[list[int]] | None = None,
-    sinks: bool = False,
-    batch: int = 1,
-) -> None:
-    """Shapes: (queries, keys, heads, key heads, dim); packed if there are bounds."""
-    rows, keys, heads, kv_heads, dim = shapes
-    lead = (batch,) if bounds is None else ()
-    inputs = [random(*lead, rows, heads, dim), *(random(*lead, keys, kv_heads, dim, seed=i) for i in (1, 2))]
-    inputs = [x.to(dtype) for x in inputs] + ([random(heads, seed=3).to(dtype)] if sinks else [])
-    grads = [random(*lead, rows, heads, dim, seed=4).to(dtype), random(*lead, heads, rows, seed=5)]
-    got = ours(inputs, grads, bounds, options or {})
-    same = theirs(inputs, grads, bounds, options or {})
-    truth = theirs([x.double() for x in inputs], [x.double() for x in grads], bounds, options or {})
-    for name, a, b, c in zip(NAMES, got, same, truth, strict=False):
-        # Gradients are differences of sums of `dim` terms, and may cancel to nothing.
-        assert_as_accurate(
-            a, b.to(a.dtype), c, magnitude=dim**0.5 if name.startswith("d") else 0.0, name=name
-        )
-    assert len(got) == len(truth)
+check = partial(helpers.check, "triton", dtype=torch.float32)
+ours = partial(helpers.ours, "triton")
 
 
 @pytest.fixture(params=[(16, 32), (32, 16)], ids=["16x32", "32x16"])
@@ -253,29 +145,11 @@ def test_max_seqlen_may_be_unknown() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_documents_do_not_leak(dtype: torch.dtype) -> None:
-    do_not_leak(dtype)
+    helpers.do_not_leak("triton", dtype, 16)
 
 
 def test_documents_do_not_leak_by_descriptors(tma: Any) -> None:
-    do_not_leak(torch.bfloat16)
-
-
-def do_not_leak(dtype: torch.dtype) -> None:
-    """Other contents of one document, non-finite ones too, change no bit of another: outputs and gradients."""
-    inputs = [random(70, heads, 16, seed=i).to(dtype) for i, heads in enumerate((2, 1, 1))]
-    grads = [random(70, 2, 16, seed=4).to(dtype), random(2, 70, seed=5)]
-    results = []
-    for factor in (1.0, -3.0, torch.nan):
-        changed = [x.clone() for x in (*inputs, grads[0])]
-        for x in changed:
-            x[20:45] *= factor
-        results.append(ours(changed[:3], [changed[3], grads[1]], [[0, 20, 45, 60, 70]], {}))
-    others = torch.cat([torch.arange(20), torch.arange(45, 70)])
-    for name, first, *rest in zip(NAMES, *results, strict=False):
-        dim = -1 if name == "lse" else 0
-        assert torch.isfinite(first).all()
-        for other in rest:
-            assert torch.equal(first.index_select(dim, others), other.index_select(dim, others)), name
+    helpers.do_not_leak("triton", torch.bfloat16, 16)
 
 
 def test_two_runs_have_the_same_bits() -> None:
