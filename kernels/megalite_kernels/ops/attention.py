@@ -11,6 +11,7 @@ from megalite_kernels._library import define
 from megalite_kernels.backend import register, register_lazy
 from megalite_kernels.ops import checks
 from megalite_kernels.ops.attention_checks import check, lse_shape, raw_options
+from megalite_kernels.ops.cuda_support import cuda_attention_backward_supports, cuda_attention_supports
 from megalite_kernels.ops.native_support import (
     NATIVE,
     native_attention_backward_supports,
@@ -280,6 +281,18 @@ for _op, _function in (("attention_fwd", "forward"), ("attention_bwd", "backward
         requires=TRITON,
         supports=triton_attention_supports,
     )
+register_lazy(
+    "attention_fwd",
+    "cuda",
+    "megalite_kernels.native.cuda.attention:forward",
+    supports=cuda_attention_supports,
+)
+register_lazy(
+    "attention_bwd",
+    "cuda",
+    "megalite_kernels.native.cuda.attention:backward",
+    supports=cuda_attention_backward_supports,
+)
 register_lazy("attention_fwd", "sdpa", "megalite_kernels.sdpa:forward", supports=supports_forward)
 register_lazy("attention_bwd", "sdpa", "megalite_kernels.sdpa:backward", supports=supports_backward)
 

@@ -13,6 +13,8 @@ from megalite_kernels.native.cuda.runtime import EMULATE
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _HALF_DTYPES = (torch.bfloat16, torch.float16)
+_FARTHEST = 1 << 28
+"""Positions of attention are sums of a few such numbers in 32 bits."""
 
 
 def cuda_supports(*args: Any) -> str | None:
@@ -26,6 +28,25 @@ def cuda_half_supports(*args: Any) -> str | None:
     if first.is_floating_point() and first.dtype not in _HALF_DTYPES:
         return f"takes bfloat16 and float16, not {first.dtype}"
     return _reason(args, _DTYPES)
+
+
+def cuda_attention_supports(q: Any, k: Any, v: Any, *rest: Any) -> str | None:
+    """As `cuda_half_supports`, for `attention_fwd`; also of the head's dim and of how far positions go."""
+    return _attention_reason(q, k, rest, widest=256) or cuda_half_supports(q, k, v, *rest)
+
+
+def cuda_attention_backward_supports(dout: Any, dlse: Any, q: Any, k: Any, v: Any, *rest: Any) -> str | None:
+    """As `cuda_attention_supports`, for `attention_bwd`: gradients of wider heads don't fit a thread's registers."""
+    return _attention_reason(q, k, rest, widest=128) or cuda_half_supports(q, dout, dlse, k, v, *rest)
+
+
+def _attention_reason(q: Any, k: Any, rest: tuple[Any, ...], *, widest: int) -> str | None:
+    dim, tokens, offset = q.shape[-1], max(q.shape[-3], k.shape[-3]), rest[-4]
+    if dim > widest or dim % 8 or dim == 0:
+        return f"takes head dims that are multiples of 8 up to {widest}, not {dim}"
+    if max(tokens, abs(offset)) >= _FARTHEST:
+        return f"takes up to {_FARTHEST} tokens and offsets, not {tokens} and {offset}"
+    return None
 
 
 def _reason(args: tuple[Any, ...], dtypes: tuple[torch.dtype, ...]) -> str | None:
