@@ -152,9 +152,6 @@ struct Factor {
 void gemm(DType dtype, Factor left, Factor right, const void* bias, DType out_dtype, void* out, int64_t out_stride,
           bool add, int64_t rows, int64_t cols, int64_t inner, int threads);
 
-// Whether this CPU multiplies bf16 matrices by tiles (AMX), which the kernels here don't.
-bool has_matrix_unit();
-
 struct AdamWOptions {
   float beta1, beta2, eps;
   float decay;            // 1 - lr * weight_decay

@@ -257,7 +257,6 @@ void bind_linear(py::module_& m) {
                        rows, cols, inner, threads);
       },
       Release());
-  m.def("has_matrix_unit", &megalite::has_matrix_unit, "Whether this CPU multiplies bf16 matrices by tiles (AMX).");
 }
 
 void bind_optimizer(py::module_& m) {

@@ -22,7 +22,6 @@ struct AttentionBackward {
   AttentionShape shape;
 };
 
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 inline int64_t longest_keys(const AttentionShape& shape) {
   int64_t longest = 0;

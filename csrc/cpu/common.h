@@ -48,6 +48,9 @@ Isa isa();
 enum class PairUnit { none, avx512_bf16, amx, amx_emulated };
 PairUnit pair_unit();
 
+inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+inline int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
+
 // Below this many elements per thread, waking one costs more than it saves (about 5 us at a few bytes a cycle).
 constexpr int64_t kMinElementsPerThread = 16384;
 

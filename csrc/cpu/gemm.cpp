@@ -21,25 +21,54 @@ namespace megalite::bf16_pairs {
 #include "vec.inc"
 //
 #include "gemm.inc"
-#undef MEGALITE_PAIRS
-#undef MEGALITE_VECTOR_BF16
-#undef LANES
 #undef ISA_NAMESPACE
 }  // namespace megalite::bf16_pairs
 #pragma GCC pop_options
+
+#if MEGALITE_AMX
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16")
+namespace megalite::bf16_tiles {
+#define ISA_NAMESPACE bf16_tiles
+#define MEGALITE_TILES
+#define MEGALITE_TILES_EMULATED 0
+#include "vec.inc"
+//
+#include "gemm.inc"
+#undef MEGALITE_TILES_EMULATED
+#undef MEGALITE_TILE_ZERO
+#undef MEGALITE_TILE_LOAD
+#undef MEGALITE_TILE_STORE
+#undef MEGALITE_TILE_DOT
+#undef MEGALITE_TILES
+#undef ISA_NAMESPACE
+}  // namespace megalite::bf16_tiles
+#pragma GCC pop_options
 #endif
+#undef MEGALITE_PAIRS
+#undef MEGALITE_VECTOR_BF16
+#undef LANES
+#endif
+
+namespace megalite::bf16_tiles_emulated {
+#define ISA_NAMESPACE bf16_tiles_emulated
+#define LANES 4
+#define MEGALITE_VECTOR_BF16 0
+#define MEGALITE_PAIRS
+#define MEGALITE_TILES
+#define MEGALITE_TILES_EMULATED 1
+#include "vec.inc"
+//
+#include "gemm.inc"
+}  // namespace megalite::bf16_tiles_emulated
 
 namespace megalite {
 
 namespace {
 
 constexpr int64_t kWords = 1536;            // of the inner dimension: with 64 columns a panel of 384 KB
-constexpr int64_t kNearWords = 96 * 1024;   // 384 KB: with a panel in the second cache
 constexpr int64_t kFarWords = 1024 * 1024;  // 4 MB, in the last cache
 constexpr int64_t kSumWords = 4096 * 1024;  // 16 MB of sums that wait for the rest of the inner dimension
-
-int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
 
 // Parts of the rows and of the columns.
 struct Grid {
@@ -71,16 +100,16 @@ void run(const Product& a, int threads, const GemmSizes& sizes, Part part) {
   const int64_t words = divide_up(a.inner, sizes.inner);
   const int64_t strips = divide_up(a.rows, sizes.rows), panels = divide_up(a.cols, sizes.cols);
   GemmBlocks blocks;
-  blocks.words = divide_up(words, divide_up(words, kWords));
+  blocks.words = round_up(divide_up(words, divide_up(words, kWords)), sizes.step);
   const int64_t most_cols = divide_up(panels, grid.cols) * sizes.cols;
   const int64_t most_rows = divide_up(strips, grid.rows) * sizes.rows;
   const auto fitting = [&](int64_t most, int64_t unit) { return std::max(unit, most / blocks.words / unit * unit); };
-  blocks.rows = std::min(most_rows, fitting(kNearWords, sizes.rows));
+  blocks.rows = std::min(most_rows, fitting(sizes.near, sizes.rows));
   blocks.cols = std::min(most_cols, fitting(kFarWords, sizes.cols));
   if (blocks.words < words)
     blocks.cols = std::min(blocks.cols, std::max(sizes.cols, kSumWords / most_rows / sizes.cols * sizes.cols));
   const int64_t left = a.direct ? 0 : round_up(blocks.rows * (blocks.words + 32), 1024);
-  const int64_t right = round_up(blocks.cols * (blocks.words + 8), 1024);
+  const int64_t right = round_up(blocks.cols * (blocks.words + 16), 1024);
   const int64_t sums = blocks.words < words ? most_rows * blocks.cols : 0;
   parallel_ranges(grid.rows * grid.cols, grid.rows * grid.cols, [&](int index, int64_t, int64_t) {
     const auto range = [&](int64_t items, int64_t i, int64_t n, int64_t unit, int64_t end) {
@@ -94,11 +123,16 @@ void run(const Product& a, int threads, const GemmSizes& sizes, Part part) {
   });
 }
 
-// Two neighbours in memory are a word, if no word is cut.
-Product pairs(Product a) {
-  a.direct = a.left.inner_last && a.inner % 2 == 0 && a.left.stride % 2 == 0;
+// Two neighbours in memory are a word, if none is cut and the rows hold all that is read of them.
+Product pairs(Product a, const GemmSizes& sizes) {
+  a.direct = a.left.inner_last && a.inner % (2 * sizes.step) == 0 && a.left.stride % 2 == 0 &&
+             (sizes.step == 1 || a.rows % sizes.rows == 0);
   return a;
 }
+
+#define MEGALITE_MULTIPLY_PAIRS(unit)                                  \
+  run(pairs(product, unit::gemm_sizes()), threads, unit::gemm_sizes(), \
+      to_float ? unit::multiply_part<bf16, float> : unit::multiply_part<bf16, bf16>)
 
 }  // namespace
 
@@ -108,24 +142,19 @@ void gemm(DType dtype, Factor left, Factor right, const void* bias, DType out_dt
   const Product product{left, right, bias, out,   out_stride,
                         add,  rows,  cols, inner, dtype == DType::float32 && left.inner_last};
   const bool to_float = out_dtype == DType::float32;
-#if MEGALITE_X86
-  if (dtype == DType::bfloat16 && isa() == Isa::avx512_bf16)
-    return run(pairs(product), threads, bf16_pairs::gemm_sizes(),
-               to_float ? bf16_pairs::multiply_part<bf16, float> : bf16_pairs::multiply_part<bf16, bf16>);
+  if (dtype == DType::bfloat16) {
+#if MEGALITE_AMX
+    if (pair_unit() == PairUnit::amx) return MEGALITE_MULTIPLY_PAIRS(bf16_tiles);
 #endif
+#if MEGALITE_X86
+    if (pair_unit() == PairUnit::avx512_bf16) return MEGALITE_MULTIPLY_PAIRS(bf16_pairs);
+#endif
+    if (pair_unit() == PairUnit::amx_emulated) return MEGALITE_MULTIPLY_PAIRS(bf16_tiles_emulated);
+  }
   MEGALITE_WITH_TYPE(dtype, {
     run(product, threads, MEGALITE_PICK(gemm_sizes()),
         to_float ? MEGALITE_PICK(multiply_part<T, float>) : MEGALITE_PICK(multiply_part<T, T>));
   });
-}
-
-bool has_matrix_unit() {
-#if MEGALITE_X86
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("amx-bf16");
-#else
-  return false;
-#endif
 }
 
 }  // namespace megalite

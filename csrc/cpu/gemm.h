@@ -19,9 +19,10 @@ struct Span {
   int64_t size() const { return end - begin; }
 };
 
-// A tile in registers is `rows` x `cols`; a word holds `inner` elements of the inner dimension.
+// A tile in registers is `rows` x `cols`; a word holds `inner` elements of the inner dimension, and words go by `step`;
+// `near` words of the left factor stay in the second cache, beside a panel of the right one.
 struct GemmSizes {
-  int64_t rows, cols, inner;
+  int64_t rows, cols, inner, step, near;
 };
 
 // Memory of one thread, in words. Each part starts at a page.

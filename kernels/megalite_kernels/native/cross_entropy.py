@@ -125,11 +125,9 @@ def scaled_copy(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 def _add_product_(total: Tensor, dlogits: Tensor, x: Tensor, *, first: bool) -> None:
     """`add_product_` of the chunk plan; own kernel for half precision, without a temporary and unrounded.
 
-    A matrix unit is faster than it: there torch's product is taken in pieces. In float32 the faster one is.
+    In float32 the faster of torch's and ours.
     """
-    by_torch = x.dtype == torch.bfloat16 and _C.has_matrix_unit()
-    if x.dtype == torch.float32:
-        by_torch = not wins(x.dtype, total.shape[0], total.shape[1], x.shape[0])
+    by_torch = x.dtype == torch.float32 and not wins(x.dtype, *total.shape, x.shape[0])
     if by_torch or not total.is_contiguous():
         plan.add_product_(total, dlogits, x, first=first)
         return
