@@ -127,7 +127,7 @@ def _add_product_(total: Tensor, dlogits: Tensor, x: Tensor, *, first: bool) -> 
 
     In float32 the faster of torch's and ours.
     """
-    by_torch = x.dtype == torch.float32 and not wins(x.dtype, *total.shape, x.shape[0])
+    by_torch = x.dtype == torch.float32 and not wins(x.dtype, total.shape[0], total.shape[1], x.shape[0])
     if by_torch or not total.is_contiguous():
         plan.add_product_(total, dlogits, x, first=first)
         return
