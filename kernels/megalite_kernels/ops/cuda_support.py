@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megalite_kernels.native.cuda import binaries
+from megalite_kernels.native.cuda.kernels.rope import MAX_DIM
 from megalite_kernels.native.cuda.runtime import EMULATE
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -47,6 +48,13 @@ def _attention_reason(q: Any, k: Any, rest: tuple[Any, ...], *, widest: int) -> 
     if max(tokens, abs(offset)) >= _FARTHEST:
         return f"takes up to {_FARTHEST} tokens and offsets, not {tokens} and {offset}"
     return None
+
+
+def cuda_rope_supports(q: Any, *rest: Any) -> str | None:
+    """As `cuda_supports`, for the rotary kernels: a head is held by one warp or less."""
+    if q.shape[-1] > MAX_DIM:
+        return f"takes heads up to {MAX_DIM} features, not {q.shape[-1]}"
+    return _reason((q, *rest), _DTYPES)
 
 
 def _reason(args: tuple[Any, ...], dtypes: tuple[torch.dtype, ...]) -> str | None:

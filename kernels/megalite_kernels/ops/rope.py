@@ -10,6 +10,7 @@ from torch import Tensor
 from megalite_kernels._library import define
 from megalite_kernels.backend import register, register_lazy
 from megalite_kernels.ops import checks
+from megalite_kernels.ops.cuda_support import cuda_rope_supports
 from megalite_kernels.ops.native_support import NATIVE, native_supports
 from megalite_kernels.ops.rms_norm import row_statistic
 from megalite_kernels.ops.triton_support import TRITON, triton_supports
@@ -172,6 +173,7 @@ for _op, _name in (
     register_lazy(
         _op, "triton", f"megalite_kernels.triton.rope:{_name}", requires=TRITON, supports=triton_supports
     )
+    register_lazy(_op, "cuda", f"megalite_kernels.native.cuda.rope:{_name}", supports=cuda_rope_supports)
 
 
 class _Rope(torch.autograd.Function):
