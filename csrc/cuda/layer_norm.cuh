@@ -19,8 +19,6 @@
 //              Pairwise Algorithm for Computing Sample Variances", 1979.
 //
 // Defines: ELEMENT (of x), WEIGHT (of weight and bias), RUN, ITEMS, LANES, THREADS.
-#pragma once
-
 #include "rows.cuh"
 
 #if defined(KERNEL_layer_norm_forward)

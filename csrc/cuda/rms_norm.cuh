@@ -22,8 +22,6 @@
 // Source       Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
 //
 // Defines: ELEMENT (of x), WEIGHT (of weight), RUN, ITEMS, LANES, THREADS.
-#pragma once
-
 #include "rows.cuh"
 
 #if defined(KERNEL_rms_norm_forward)

@@ -26,8 +26,6 @@
 // Source       Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
 //
 // Defines: ELEMENT (of q and k), WEIGHT (of the norms' weights), RUN, UNITS, LANES, INTERLEAVED (0 or 1), THREADS.
-#pragma once
-
 #include "rows.cuh"
 
 constexpr int ROPE_ITEMS = 2 * RUN * UNITS;  // features of a head that a thread holds

@@ -14,8 +14,6 @@
 // Alignment    of the elements only.
 //
 // Defines: WEIGHT (type of the gradient), THREADS (a multiple of 32).
-#pragma once
-
 #include "common.cuh"
 
 #if defined(KERNEL_sum_partials)

@@ -127,7 +127,7 @@ def compile_instance(
     """
     source = sources.folder() / kernel.source
     command = [nvcc.path, "-x", "cu", *sources.OPTIONS, *sources.define_options(kernel)]
-    command += [*options, "-o", str(output), str(source)]
+    command += [f"-I{sources.folder()}", *options, "-o", str(output), str(source)]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=timeout_s, check=False
