@@ -168,6 +168,26 @@ def test_tensor_maps(cuda, dtype, swizzle):
     assert all(line.endswith("with 5 map4242") for line in cuda.lines("cuLaunchKernelEx"))
 
 
+def test_maps_that_differ_in_anything_are_encoded_each(cuda):
+    tensor = torch.zeros(4096, dtype=torch.bfloat16)
+    maps = [
+        TensorMap(tensor, (64, 8), (128,), (16, 8), 0),
+        TensorMap(tensor, (64, 8), (128,), (16, 8), 32),
+        TensorMap(tensor, (64, 8), (128,), (16, 4), 0),
+        TensorMap(tensor, (64, 4), (128,), (16, 8), 0),
+        TensorMap(tensor, (64, 8), (256,), (16, 8), 0),
+        TensorMap(tensor[8:], (64, 8), (128,), (16, 8), 0),
+        TensorMap(tensor.view(torch.float16), (64, 8), (128,), (16, 8), 0),
+    ]
+    for one in [*maps, *maps]:
+        driver.launch(KERNEL, (1, 1, 1), [one], DEVICE)
+    assert (
+        len(set(cuda.lines("cuTensorMapEncodeTiled")))
+        == len(cuda.lines("cuTensorMapEncodeTiled"))
+        == len(maps)
+    )
+
+
 def test_a_refused_launch_says_what_was_launched(cuda):
     cuda.fail("cuLaunchKernelEx", INVALID_VALUE)
     with pytest.raises(RuntimeError) as caught:
