@@ -15,6 +15,7 @@
 // hands them over; what TMA wrote does not.
 #pragma once
 
+#include "descriptor.cuh"
 #include "types.cuh"
 
 namespace ptx {
@@ -248,10 +249,7 @@ DEVICE void wgmma_pin(float (&registers)[COUNT]) {
 // Bits 4.. of every address are then XORed with bits 7.. (1, 2 or 3 of them, for 32, 64, 128), as TMA with the same
 // swizzle wrote them. One K step of 16 elements further in a K-major row: add 32 bytes to `shared`.
 DEVICE uint64_t wgmma_descriptor(const void* shared, int leading_bytes, int stride_bytes, int swizzle) {
-  const uint64_t kind = swizzle == 128 ? 1 : swizzle == 64 ? 2 : swizzle == 32 ? 3 : 0;
-  const uint64_t start = (shared_address(shared) & 0x3FFFF) >> 4;
-  return start | static_cast<uint64_t>((leading_bytes & 0x3FFFF) >> 4) << 16 |
-         static_cast<uint64_t>((stride_bytes & 0x3FFFF) >> 4) << 32 | kind << 62;
+  return wgmma_descriptor_bits(shared_address(shared), leading_bytes, stride_bytes, swizzle);
 }
 
 template <class T>

@@ -401,16 +401,14 @@ void emulate_wgmma_wait(int groups) {
   collective("wgmma_wait", ~0u, &finish, act_wgmma_finish, pc);
 }
 
-uint64_t emulate_wgmma_descriptor(const void* shared, int leading_bytes, int stride_bytes, int swizzle) {
+uint32_t emulate_wgmma_start(const void* shared, int leading_bytes, int stride_bytes) {
   using namespace emulate;
   const int64_t start = static_cast<const unsigned char*>(shared) - state.current->block->shared;
-  const uint64_t kind = swizzle == 128 ? 1 : swizzle == 64 ? 2 : swizzle == 32 ? 3 : 0;
   if ((start | leading_bytes | stride_bytes) & 15 || start < 0 || start >= 1 << 18) {
     fail("wgmma_descriptor @%lx of byte %ld of shared memory, offsets %d and %d: all are multiples of 16 below 2^18",
          (unsigned long)module_offset(EMULATE_PC), long(start), leading_bytes, stride_bytes);
   }
-  return uint64_t(start) >> 4 | uint64_t(leading_bytes & 0x3ffff) >> 4 << 16 |
-         uint64_t(stride_bytes & 0x3ffff) >> 4 << 32 | kind << 62;
+  return uint32_t(start);
 }
 
 void emulate_wgmma(char type, int n, float* d, const uint32_t* a_registers, uint64_t a, uint64_t b, bool accumulate,

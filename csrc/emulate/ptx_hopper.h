@@ -1,6 +1,7 @@
 // The emulator's twins of ptx_hopper.cuh: same names, same promises, no assembly. hopper_*.h hold what they call.
 #pragma once
 
+#include "../cuda/descriptor.cuh"
 #include "../cuda/types.cuh"
 #include "ptx_ampere.h"
 
@@ -26,7 +27,8 @@ void emulate_register_limit(int registers, bool raise);
 void emulate_wgmma_fence();
 void emulate_wgmma_commit();
 void emulate_wgmma_wait(int groups);
-uint64_t emulate_wgmma_descriptor(const void* shared, int leading_bytes, int stride_bytes, int swizzle);
+// The shared address, once it and the offsets have been found to be ones that a descriptor can hold.
+uint32_t emulate_wgmma_start(const void* shared, int leading_bytes, int stride_bytes);
 // `a_registers` is null when A is described by `a`. `d` belongs to the instruction until it is waited for.
 void emulate_wgmma(char type, int n, float* d, const uint32_t* a_registers, uint64_t a, uint64_t b, bool accumulate,
                    bool transpose_a, bool transpose_b);
@@ -116,7 +118,8 @@ DEVICE void wgmma_wait() {
 template <int COUNT>
 DEVICE void wgmma_pin(float (&)[COUNT]) {}
 DEVICE uint64_t wgmma_descriptor(const void* shared, int leading_bytes, int stride_bytes, int swizzle) {
-  return emulate_wgmma_descriptor(shared, leading_bytes, stride_bytes, swizzle);
+  const uint32_t start = emulate_wgmma_start(shared, leading_bytes, stride_bytes);
+  return wgmma_descriptor_bits(start, leading_bytes, stride_bytes, swizzle);
 }
 
 // The accumulator is passed where it stands, unlike other fragments: each access to it is then intercepted, and one

@@ -245,8 +245,29 @@ def kernels_of(families: tuple[str, ...]) -> list[tuple[str, Call]]:
     ]
 
 
+def check_order_of_results(code: str) -> None:
+    """d[i] is stored at i * 512 bytes: its register must be number i of those that the product names."""
+    base = int(re.findall(r"HGMMA\.\S+ R(\d+),", code)[-1])
+    stores = re.findall(r"STG\.E \S+\[R\d+\.64(?:\+0x([0-9a-f]+))?\], R(\d+)", code)
+    assert len(stores) in (32, 64, 96, 128)
+    assert sorted(int(offset or "0", 16) // 512 for offset, _ in stores) == list(range(len(stores)))
+    assert all(int(register) == base + int(offset or "0", 16) // 512 for offset, register in stores)
+
+
+def check_order_of_operands(code: str) -> None:
+    """words[i] is operand a[i] (i up to 2: the last comes from elsewhere), and words[4] is b[0] of a warp."""
+    operands = re.findall(r"HG?MMA\.\S+ R\d+, R(\d+), (?:R(\d+))?", code)
+    assert len(operands) == 1
+    a, b = operands[0]
+    loads = re.findall(r"LDG\.E R(\d+), (?:\S+)?\[R\d+\.64(?:\+0x([0-9a-f]+))?\]", code)
+    places = {int(register): int(offset or "0", 16) // 4 for register, offset in loads}
+    assert [places[int(a) + i] for i in range(3)] == [0, 1, 2]
+    assert not b or places[int(b)] == 4
+
+
 def test_every_function_is_used() -> None:
     found = functions("ptx.cuh") + functions("ptx_hopper.cuh")
+    assert "asm" not in (sources.folder() / "descriptor.cuh").read_text(encoding="utf-8")
     assert len(found) > 40
     assert set(found) == set(CALLS)
 
@@ -263,6 +284,11 @@ def test_functions_become_their_instructions(target: str, tmp_path: Path) -> Non
     parts = re.split(r"\bFunction : (\w+)", sass(cubin))
     code = dict(zip(parts[1::2], parts[2::2], strict=True))
     assert set(code) == {name for name, _ in calls}
+    for name, call in calls:
+        if "HGMMA" in call.instruction:
+            check_order_of_results(code[name])
+        if name.startswith(("wgmma_ra_", "mma_")):
+            check_order_of_operands(code[name])
     missing = [
         f"{name}: {call.instruction}" for name, call in calls if not re.search(call.instruction, code[name])
     ]
