@@ -21,7 +21,7 @@ inline void issue_copy(void* shared, const void* global, int bytes, bool valid, 
     if (reinterpret_cast<uintptr_t>(from) % bytes) return fail_misaligned(global, bytes, "cp_async reads", pc);
     global_access(from, bytes, false, pc);
   }
-  log_shared(me, offset, bytes, true, pc);
+  log_shared(me, offset, bytes, pc);
   shadow_begin_landing(block, me.agent, offset, bytes, pc);
   memset(to, 0xff, bytes);
   me.copies.push_back(AsyncCopy{to, from, bytes, valid, pc});

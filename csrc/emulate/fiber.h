@@ -5,7 +5,10 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
-#if !defined(__x86_64__)
+// EMULATE_UCONTEXT takes the portable way, which is several times slower, on x86-64 too: a test does.
+#if defined(__x86_64__) && !defined(EMULATE_UCONTEXT)
+#define EMULATE_SWITCH 1
+#else
 #include <ucontext.h>
 #endif
 
@@ -15,14 +18,14 @@ constexpr size_t STACK_BYTES = 256 << 10;
 constexpr uint64_t STACK_END = 0x5ca1ab1e0ddba11;  // at the low end of each stack: gone if it overflowed
 
 struct Context {
-#if defined(__x86_64__)
+#ifdef EMULATE_SWITCH
   void* stack_pointer = nullptr;
 #else
   ucontext_t state;
 #endif
 };
 
-#if defined(__x86_64__)
+#ifdef EMULATE_SWITCH
 // What the C ABI asks a call to keep, on the stack that is left; the rest the compiler has saved around the call.
 extern "C" void emulate_switch(void** save, void* to);
 asm(R"(

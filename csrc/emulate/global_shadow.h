@@ -9,6 +9,7 @@
 #include <map>
 #include <unordered_map>
 
+#include "banks.h"
 #include "memory.h"
 #include "shadow.h"
 
@@ -91,6 +92,7 @@ inline void track_global(const Range& range, const void* pointer, size_t bytes, 
 inline void global_access(const void* pointer, size_t bytes, bool write, uintptr_t pc, uint16_t kind = PLAIN) {
   const Range* range = find_global(pointer, bytes, write, pc);
   if (!range) return;
+  log_global(*state.current, pointer, bytes, pc);
   if (range->writable) track_global(*range, pointer, bytes, write, pc, kind);
   if (write && kind == PLAIN) state.current->fenced = false;
 }

@@ -44,7 +44,7 @@ inline void check_access(const void* pointer, size_t bytes, bool write, bool ali
   if (++state.accesses > SPIN_LIMIT) return fail_spinning(pc);
   const size_t offset = p - block.shared, size = state.launch->shared_bytes;
   if (offset >= size || offset + bytes > size) return global_access(pointer, bytes, write, pc, kind);
-  log_shared(*fiber, offset, bytes, write, pc);
+  log_shared(*fiber, offset, bytes, pc);
   if (write) {
     shadow_write(block, fiber->agent, offset, bytes, pc, kind);
   } else {

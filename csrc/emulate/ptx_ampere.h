@@ -32,7 +32,7 @@ struct TypeCode<fp16> {
   static constexpr char value = 'h';
 };
 
-DEVICE float exp2_approx(float value) { return exp2f(value); }
+DEVICE float exp2_approx(float value) { return value < -126.0f ? 0.0f : exp2f(value); }  // subnormals are flushed
 DEVICE float half_to_float(uint16_t bits) { return emulate_half_to_float(bits); }
 
 DEVICE uint32_t round_to_bf16(float value) {

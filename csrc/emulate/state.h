@@ -47,9 +47,9 @@ struct AsyncCopy {
 // One access of one lane, kept until its warp synchronises: see banks.h.
 struct Logged {
   uintptr_t pc;
-  uint32_t offset;
+  uint64_t place;  // offset in shared memory, or address in global memory
   uint8_t bytes;
-  bool write;
+  bool global;
 };
 
 struct Block;
@@ -100,6 +100,7 @@ struct Report {
   uint64_t bank_conflicts = 0;     // cycles that shared memory was busy beyond the least its accesses need
   uint64_t shared_wavefronts = 0;  // cycles in all
   uint64_t global_read_bytes = 0, global_written_bytes = 0;
+  uint64_t global_sectors = 0;  // of 32 bytes, which is what memory moves: counted once for each access of a warp
   uint64_t barriers = 0, collectives = 0, switches = 0;
 };
 

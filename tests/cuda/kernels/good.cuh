@@ -39,3 +39,49 @@ extern "C" __global__ void __launch_bounds__(THREADS) tile_product(const void* a
   for (int i = 0; i < 4; i++) c[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = d[i];
 }
 #endif
+
+#if defined(KERNEL_conversions)
+// x rounded to bf16 and fp16, and back; one thread an element.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    conversions(const float* x, bf16* b, fp16* h, float* from_b, float* from_h, int64_t count) {
+  const int64_t i = blockIdx.x * int64_t(THREADS) + threadIdx.x;
+  if (i >= count) return;
+  b[i] = from_float<bf16>(x[i]), h[i] = from_float<fp16>(x[i]);
+  from_b[i] = to_float(b[i]), from_h[i] = to_float(h[i]);
+}
+#endif
+
+#if defined(KERNEL_shuffles)
+// One warp: y[k][lane] for each kind of exchange.
+extern "C" __global__ void __launch_bounds__(THREADS) shuffles(const float* x, float* y) {
+  const int lane = threadIdx.x;
+  const float value = x[lane];
+  int k = 0;
+  const auto keep = [&](float result) { y[32 * k++ + lane] = result; };
+  keep(__shfl_sync(WHOLE_WARP, value, 7));
+  keep(__shfl_sync(WHOLE_WARP, value, lane ^ 3, 8));
+  keep(__shfl_xor_sync(WHOLE_WARP, value, 16));
+  keep(__shfl_up_sync(WHOLE_WARP, value, 3));
+  keep(__shfl_up_sync(WHOLE_WARP, value, 3, 8));
+  keep(__shfl_down_sync(WHOLE_WARP, value, 5));
+  keep(__shfl_down_sync(WHOLE_WARP, value, 5, 16));
+  keep(float(__ballot_sync(WHOLE_WARP, lane % 3 == 0) >> 8));
+  keep(float(__any_sync(WHOLE_WARP, lane == 31)));
+  keep(float(__all_sync(WHOLE_WARP, lane < 31)));
+  if (lane < 16) {
+    keep(__shfl_xor_sync(0x0000ffffu, value, 1));
+  } else {
+    keep(__shfl_xor_sync(0xffff0000u, value, 2));
+  }
+}
+#endif
+
+#if defined(KERNEL_columns)
+// Copies x[32][32], WAY 0 by rows and 1 by columns: the one is coalesced.
+extern "C" __global__ void __launch_bounds__(THREADS) columns(const float* x, float* y) {
+  for (int i = 0; i < 32; i++) {
+    const int at = WAY ? threadIdx.x * 32 + i : i * 32 + threadIdx.x;
+    y[at] = x[at];
+  }
+}
+#endif

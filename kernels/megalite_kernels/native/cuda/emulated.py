@@ -42,6 +42,8 @@ class Report:
     """Cycles that shared memory was busy in all."""
     global_read_bytes: int
     global_written_bytes: int
+    global_sectors: int
+    """Of 32 bytes: what memory moves for the accesses of warps, caches aside; bytes / 32 if all are coalesced."""
     barriers: int
     collectives: int
     switches: int

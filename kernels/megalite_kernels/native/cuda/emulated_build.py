@@ -20,7 +20,8 @@ from megalite_kernels.native.cuda.kernel import Kernel
 CACHE = "MEGALITE_EMULATE_CACHE"
 """Environment variable: the folder for built kernels, instead of one in the user's cache."""
 
-RUNTIME_FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-Wall", "-Wextra"]
+# Two runtimes in one process (of two checkouts, say) must not share their state, as unique symbols would.
+RUNTIME_FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wextra"]
 KERNEL_FLAGS = [
     *["-std=c++17", "-O1", "-g1", "-fPIC", "-fno-exceptions", "-fno-rtti"],
     # Each load and store calls the runtime; what a GPU's compiler would not merge must not be merged here either.
