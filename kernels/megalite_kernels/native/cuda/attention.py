@@ -145,7 +145,7 @@ def backward_mma(
     """`backward` on mma.sync, for any GPU from sm_80 on."""
     shape = shape_of(q, k, cu_seqlens, max_seqlen)
     q, k, v, dout = rows_of(q), rows_of(k), rows_of(v), rows_of(dout)
-    statistics, dsinks = _statistics(dout, rows_of(out), lse, dlse, sinks, shape)
+    statistics, dsinks = statistics_of(dout, rows_of(out), lse, dlse, sinks, shape)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     options = (mask_of(causal, window, offset), logits_of(softcap, scale))
     element, width = ELEMENTS[q.dtype], kernels.width_of(shape.dim)
@@ -169,7 +169,7 @@ def backward_mma(
     return dq, dk, dv, dsinks
 
 
-def _statistics(
+def statistics_of(
     dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, sinks: Tensor | None, shape: Shape
 ) -> tuple[Tensor, Tensor]:
     """([.., 2] of base-2 lse and rowsum(dout * out) - dlse, gradient of the sinks or an empty tensor)."""
