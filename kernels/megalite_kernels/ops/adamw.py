@@ -8,6 +8,7 @@ from torch import Tensor
 from megalite_kernels._library import define
 from megalite_kernels.backend import register, register_lazy
 from megalite_kernels.ops import checks
+from megalite_kernels.ops.cuda_support import cuda_supports
 from megalite_kernels.ops.native_support import NATIVE, native_supports
 from megalite_kernels.ops.triton_support import TRITON, triton_supports
 from megalite_kernels.reference import adamw as reference
@@ -121,3 +122,4 @@ for _op, _name in (("adamw_", "step_"), ("adamw_stochastic_", "stochastic_step_"
     register_lazy(
         _op, "triton", f"megalite_kernels.triton.adamw:{_name}", requires=TRITON, supports=triton_supports
     )
+    register_lazy(_op, "cuda", f"megalite_kernels.native.cuda.adamw:{_name}", supports=cuda_supports)

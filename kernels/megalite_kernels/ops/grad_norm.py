@@ -10,6 +10,7 @@ from torch import Tensor
 from megalite_kernels._library import define
 from megalite_kernels.backend import register, register_lazy
 from megalite_kernels.ops import checks
+from megalite_kernels.ops.cuda_support import cuda_supports
 from megalite_kernels.ops.native_support import NATIVE, native_supports
 from megalite_kernels.ops.triton_support import TRITON, triton_supports
 from megalite_kernels.reference import grad_norm as reference
@@ -57,3 +58,4 @@ register_lazy(
     requires=TRITON,
     supports=triton_supports,
 )
+register_lazy("grad_norm", "cuda", "megalite_kernels.native.cuda.grad_norm:norm", supports=cuda_supports)
