@@ -10,6 +10,7 @@ from torch import Tensor
 from megalite_kernels._library import define
 from megalite_kernels.backend import register, register_lazy
 from megalite_kernels.ops import checks
+from megalite_kernels.ops.cuda_support import cuda_supports
 from megalite_kernels.ops.native_support import NATIVE, native_supports
 from megalite_kernels.ops.triton_support import TRITON, triton_supports
 from megalite_kernels.reference import cross_entropy as reference
@@ -104,13 +105,14 @@ def reference_grad_(logits: Tensor, target: Tensor, scale: Tensor, *options: Any
     return reference.grad_(logits, target, scale, LossOptions(*options))
 
 
-def register_backends(op: str, function: Any, native_name: str, triton_name: str) -> None:
-    """The reference, the CPU's and the GPU's implementation of one of the losses' ops."""
+def register_backends(op: str, function: Any, native_name: str, gpu_name: str) -> None:
+    """The reference, the CPU's and the GPU's implementations of one of the losses' ops; the latter have one name."""
     register(op, "reference", function)
     native = f"megalite_kernels.native.cross_entropy:{native_name}"
     register_lazy(op, "cpu", native, requires=NATIVE, supports=native_supports)
-    target = f"megalite_kernels.triton.{triton_name}"
+    target = f"megalite_kernels.triton.{gpu_name}"
     register_lazy(op, "triton", target, requires=TRITON, supports=triton_supports)
+    register_lazy(op, "cuda", f"megalite_kernels.native.cuda.{gpu_name}", supports=cuda_supports)
 
 
 _forward = define(
