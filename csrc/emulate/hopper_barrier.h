@@ -94,7 +94,20 @@ inline void wait_barrier(Mbarrier& barrier, int parity, uintptr_t pc) {
   if (parity != 0 && parity != 1) return fail("mbarrier_wait for parity %d; there are 0 and 1", parity);
   BarrierWait wait{&barrier, uint32_t(parity)};
   wait_until("mbarrier_wait (arrivals or bytes are missing, or the parity is wrong)", pc, phase_ended, &wait);
+  barrier.waited = barrier.phase;
   if (barrier.last) acquire(state.current->agent, barrier.last.get(), false);
+}
+
+// A block that has ended must have waited for all that TMA brings: its shared memory is another block's by then.
+inline void check_loads_waited(const Block& block) {
+  for (const auto& [offset, barrier] : hopper_block(block).barriers) {
+    if (barrier.loaded > barrier.waited) {
+      return fail(
+          "leaves the kernel as the block's last thread, and nobody has waited for what TMA loads under the "
+          "mbarrier at byte %zu of shared memory",
+          offset);
+    }
+  }
 }
 
 // The thread's stores, and all stores that it knows of, become visible to the async proxy.

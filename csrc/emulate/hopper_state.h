@@ -75,10 +75,11 @@ inline void learn(Agent& agent, int other, uint32_t time) {
 }
 
 struct Mbarrier {
-  int count = 0;       // arrivals of a phase
-  int pending = 0;     // that this phase still needs,
-  int64_t bytes = 0;   // and what TMA is still to bring
-  uint32_t phase = 0;  // phases that have ended
+  int count = 0;                    // arrivals of a phase
+  int pending = 0;                  // that this phase still needs,
+  int64_t bytes = 0;                // and what TMA is still to bring
+  uint32_t phase = 0;               // phases that have ended,
+  uint32_t loaded = 0, waited = 0;  // to the last that TMA brought something for, and that was waited for
   int slot = 0, initialiser = 0;
   bool fenced = false;  // by fence_mbarrier_init
   Access init;          // the store that must still be the last one there
@@ -224,6 +225,7 @@ inline void begin_async_read(Block& block, const Clock& known, int agent, uint32
     }
     if (!slot) slot = &cell.reads[state.random.below(READERS)];
     *slot = Access{time, uint16_t(agent), PLAIN, where};
+    if (block.flags[i] >= 256 - LEAVING) return fail("byte %zu is read by more products at once than are counted", i);
     block.flags[i] += LEAVING;
   }
 }

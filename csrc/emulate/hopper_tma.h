@@ -63,6 +63,10 @@ inline bool check_map(const char* what, const EncodedMap& map, int dims, uintptr
          int(map.rank));
     return false;
   }
+  if (reinterpret_cast<uintptr_t>(map.base) % 16) {
+    fail("%s @%lx by the map of a tensor whose address is no multiple of 16", what, (unsigned long)module_offset(pc));
+    return false;
+  }
   if (map.swizzle && row_bytes(map) != int64_t(map.swizzle)) {
     fail("%s @%lx: rows of the box have %ld bytes, and the swizzle %d: the emulator knows equal ones only", what,
          (unsigned long)module_offset(pc), long(row_bytes(map)), int(map.swizzle));
@@ -83,6 +87,7 @@ void post_load(const char* what, void* barrier_address, int64_t offset, int64_t 
     return fail("%s @%lx: its mbarrier was initialised without fence_mbarrier_init() behind", what,
                 (unsigned long)module_offset(pc));
   }
+  barrier->loaded = barrier->phase + 1;
   const SharedClock known = knowledge(me.agent);
   Block* block = me.block;
   begin_async_write(what, *block, *known, offset, bytes, pc);

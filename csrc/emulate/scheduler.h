@@ -51,6 +51,7 @@ inline void leave_kernel(Fiber& fiber) {
     fail("leaves the kernel with cp_async copies that it has not waited for");
   }
   check_stores_waited(fiber), check_products_waited(fiber);
+  if (block.live == 0) check_loads_waited(block);
 }
 
 inline void fiber_entry() {

@@ -106,6 +106,7 @@ ERRORS = {
     "NO_WAIT": r"wgmma \([AB]\).*asynchronous copy is still to write|race on shared memory.*wgmma",
     "WRONG_PHASE": r"asynchronous copy is still to write|race on shared memory|deadlock.*mbarrier_wait",
     "FEW_BYTES": "must name all bytes",
+    "UNREAD_TILE": "nobody has waited for what TMA loads",
     "MANY_BYTES": "deadlock.*mbarrier_wait",
     "NO_EMPTY_WAIT": r"tma_load.*(still reads|writes too|race on shared memory)|race on shared memory.*tma_load|"
     "the phase already has its",

@@ -11,6 +11,7 @@ enum Bug {
   NO_WAIT,                // consumers do not wait for the tiles
   WRONG_PHASE,            // ... or for the other parity
   FEW_BYTES,              // fewer bytes are expected than come
+  UNREAD_TILE,            // the block ends while a tile is being loaded
   MANY_BYTES,             // more are expected
   NO_EMPTY_WAIT,          // the producer does not wait for the tile to be free
   EARLY_RELEASE,          // the tile is freed before the products are waited for
@@ -171,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   if (bug != NO_INIT_BARRIER) __syncthreads();
   if (threadIdx.x < 128) {
     ptx::register_lower<24>();
-    if (threadIdx.x == 0) produce(ring, full, empty, &a_map, &b_map, int(tiles), bug);
+    if (threadIdx.x == 0) produce(ring, full, empty, &a_map, &b_map, int(tiles) + (bug == UNREAD_TILE), bug);
     return;
   }
   ptx::register_raise<240>();
