@@ -6,9 +6,10 @@
 
 namespace megalite {
 
-// A block is 64 queries (lanes) by 96 keys (rows): its float scores (24 KB) and bf16 weights (12 KB) stay in the first
-// two cache levels, and 96 is a multiple of 6 rows, of 16 words and of 32 keys.
-constexpr int64_t kPairQueries = 64, kPairKeys = 96, kPairPad = 32;
+// A block is 128 queries (lanes) by 192 keys (rows), a multiple of 6 rows, of 16 words and of 32 keys: the sums it adds
+// to come from the second cache level, so larger blocks wait less for them. Float scores are there for a strip of keys
+// at a time (16 KB), which stays in the first.
+constexpr int64_t kPairQueries = 128, kPairKeys = 192, kPairPad = 32, kMostStrip = 32;
 
 // Sums over queries, of one document and key/value head.
 struct KeySums {
@@ -26,7 +27,8 @@ struct PairBuffers {
 
   PairBuffers(const AttentionShape& shape, bool backward) {
     const int64_t dim = round_up(shape.dim, kPairPad), keys_all = round_up(longest_keys(shape), kPairKeys);
-    const int64_t tile = kPairQueries * kPairKeys, document = keys_all * dim, block = kPairKeys * dim;
+    const int64_t tile = kPairQueries * kPairKeys, strip = kPairQueries * kMostStrip;
+    const int64_t document = keys_all * dim, block = kPairKeys * dim;
     int64_t bytes = 0;
     memory = nullptr;
     for (int pass = 0; pass < 2; ++pass) {  // measure, then hand out
@@ -35,14 +37,15 @@ struct PairBuffers {
         pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(next);
         next += round_up(size * sizeof(*pointer), 64);
       };
-      take(keys, document), take(rows, block), take(words, block / 2);
-      take(queries_t, kPairQueries * dim / 2), take(scores, tile), take(weights_words, tile / 2);
+      take(keys, document), take(values, document), take(rows, std::max(block, kPairQueries * dim)),
+          take(words, std::max(block, kPairQueries * dim) / 2);
+      take(queries_t, kPairQueries * dim / 2), take(scores, strip), take(weights_words, tile / 2);
       take(out_t, kPairQueries * dim);
       if (backward) {
-        take(values, document), take(keys_t, document / 2), take(dkeys, document), take(dvalues, document);
+        take(keys_t, document / 2), take(dkeys, document), take(dvalues, document);
         take(dsinks, shape.heads);
         take(dout_t, kPairQueries * dim / 2), take(queries_words, kPairQueries * dim / 2);
-        take(dout_words, kPairQueries * dim / 2), take(dscores, tile), take(weights, tile), take(dweights, tile);
+        take(dout_words, kPairQueries * dim / 2), take(dscores, strip), take(weights, tile), take(dweights, tile);
       } else {
         take(values_t, document / 2);
       }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import megalite_kernels as mk
+from megalite_kernels.testing import assert_as_accurate
 from tests.ops.catalogue import BACKENDS, DTYPES, check, cpu_only, needs_native, random
 
 ALL = [*BACKENDS, pytest.param("sdpa", marks=cpu_only)]
@@ -223,6 +224,24 @@ def test_extreme_logits(scale: float, backend: str) -> None:
         out = mk.attention(inputs[0] * scale, inputs[1], inputs[2])
     truth = plain(inputs[0].double() * scale, inputs[1].double(), inputs[2].double())[0]
     torch.testing.assert_close(out, truth.float(), rtol=1e-4, atol=1e-5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [True, False])
+def test_accuracy_where_later_scores_are_far_larger(dtype: torch.dtype, causal: bool, backend: str) -> None:
+    """Weights relative to the first keys' scores leave the range of floats: logits here go up to 300."""
+    growth = torch.linspace(0, 1, 300)[None, :, None, None] ** 2
+    q = random(1, 300, 2, 16).abs() + 1
+    k = (random(1, 300, 2, 16, seed=1) * 0.1 + 1) * growth * 40
+    inputs = [q.to(dtype), k.to(dtype), random(1, 300, 2, 16, seed=2).to(dtype)]
+    with mk.use_backend(backend):
+        out, lse = mk.attention(*inputs, causal=causal, return_lse=True)
+    true_out, true_lse = plain(*(x.double() for x in inputs), causal=causal)
+    same_dtype = plain(*inputs, causal=causal)[0]
+    assert true_lse.max() > 300
+    assert_as_accurate(out, same_dtype, true_out)
+    torch.testing.assert_close(lse, true_lse.float(), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
