@@ -20,7 +20,11 @@
 
 namespace attention {
 
+#ifdef __CUDACC_RTC__
+constexpr float INFINITE = 1.0f / 0.0f;  // NVRTC has neither <limits> nor g++'s built-in, which has no such division
+#else
 constexpr float INFINITE = __builtin_huge_valf();
+#endif
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
 constexpr int FAR = 1 << 29;  // stands for no limit of ahead or behind

@@ -131,14 +131,14 @@ def count(text: str, names: tuple[str, ...]) -> dict[str, int]:
     return {name: number for name, number in counts.items() if number}
 
 
-def registers_with_nvrtc(kernel: Kernel, target: str, library: nvrtc.Nvrtc) -> int:
-    """Registers of an instance that NVRTC compiled."""
+def usage_with_nvrtc(kernel: Kernel, target: str, library: nvrtc.Nvrtc) -> tuple[int, int]:
+    """Registers and bytes of stack, which is where spills go, of an instance that NVRTC compiled."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(nvrtc.compile_kernel(kernel, target, library))
-        found = re.search(r"REG:(\d+)", sass(cubin, "--dump-resource-usage"))
+        found = re.search(r"REG:(\d+) STACK:(\d+)", sass(cubin, "--dump-resource-usage"))
     assert found is not None
-    return int(found[1])
+    return int(found[1]), int(found[2])
 
 
 def groups() -> list[str]:
