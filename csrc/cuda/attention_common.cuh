@@ -67,17 +67,20 @@ DEVICE Owned owned(int tile_rows, bool last_first, int64_t blocks, int64_t heads
   return own;
 }
 
+// What the numbers of a row's chunks are turned by.
+DEVICE int turn(int row) { return row & 7; }
+
 // Where chunk `chunk` of row `row` lies in a tile, in elements.
 template <int PITCH>
 DEVICE int place(int row, int chunk) {
-  return row * PITCH + ((chunk ^ (row & 7)) << 3);
+  return row * PITCH + ((chunk ^ turn(row)) << 3);
 }
 
 // The same for chunk even + odd, `even` a constant and `odd` 0 or 1: the addresses of a lane in a whole row of chunks
 // are four values and constants added to them.
 template <int PITCH>
 DEVICE int place(int row, int even, int odd) {
-  return row * PITCH + (even / 8 * 64) + (((even & 6) ^ (odd ^ (row & 7))) << 3);
+  return row * PITCH + (even / 8 * 64) + (((even & 6) ^ (odd ^ turn(row))) << 3);
 }
 
 // Starts copying ROWS rows of `dim` elements into a tile; rows from `left` on and columns from `dim` on become zeros.

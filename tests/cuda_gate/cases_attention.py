@@ -16,9 +16,9 @@ def _case(name: str, kernel: Kernel, *targets: str) -> Case:
 
 def _cases(element: str, width: int) -> list[Case]:
     name = f"{element} {width}"
-    before, after = (attention.forward(element, width, architecture) for architecture in (80, 100))
-    made = [_case(f"attention_forward {name}", before, "sm_80", "sm_90a")]
-    made.append(_case(f"attention_forward {name} for sm_100", after, "sm_100a"))
+    before, after = (attention.forward(element, width, architecture) for architecture in (80, 90))
+    made = [_case(f"attention_forward {name}", before, "sm_80")]
+    made.append(_case(f"attention_forward {name} for sm_90 on", after, "sm_90a", "sm_100a"))
     if width in attention.BACKWARD_WIDTHS:
         made.append(_case(f"attention_dk_dv {name}", attention.dk_dv(element, width)))
         made.append(_case(f"attention_dq {name}", attention.dq(element, width)))

@@ -30,14 +30,14 @@ class Tiles:
 
 
 # 32 rows a warp halve the traffic from shared memory of 16; the accumulators of 128 columns and more leave no registers
-# for them in dk_dv, which has two, nor where the compiler for sm_100 has its own idea of them.
+# for them in dk_dv, which has two, nor in forward as it is compiled for sm_90 and later.
 FORWARD = {
     64: Tiles(128, 64, 4),
     96: Tiles(128, 32, 4),
     128: Tiles(128, 32, 4),
     256: Tiles(64, 32, 4),
 }
-FORWARD_100 = FORWARD | {128: Tiles(128, 64, 8)}
+FORWARD_90 = FORWARD | {128: Tiles(128, 64, 8)}
 DK_DV = {64: Tiles(128, 64, 8), 96: Tiles(128, 32, 8), 128: Tiles(128, 32, 8)}
 DQ = {64: Tiles(128, 32, 4), 96: Tiles(128, 32, 4), 128: Tiles(128, 32, 8)}
 
@@ -49,7 +49,7 @@ def width_of(dim: int) -> int:
 
 def forward(element: str, width: int, architecture: int) -> Kernel:
     """`attention_forward`: a block owns queries and passes over keys."""
-    tiles = (FORWARD_100 if architecture >= 100 else FORWARD)[width]
+    tiles = (FORWARD_90 if architecture >= 90 else FORWARD)[width]
     return _kernel("attention_forward.cuh", "attention_forward", element, width, tiles, 1, queries_owned=True)
 
 
@@ -101,7 +101,7 @@ def _shipped() -> list[Kernel]:
     kernels = []
     for element in ELEMENTS:
         for width in (128, 64):
-            versions = (forward(element, width, 80), forward(element, width, 100))
+            versions = (forward(element, width, 80), forward(element, width, 90))
             kernels += [*dict.fromkeys(versions), dk_dv(element, width), dq(element, width)]
         kernels.append(statistics(element))
     return kernels
