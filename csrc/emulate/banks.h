@@ -97,11 +97,16 @@ inline void flush_log(Fiber* warp) {
       count_logged(accesses, numbers, lanes);
     }
   } else {
-    // By instruction, and how often the lane had come there: lanes that took another path don't take part.
-    std::map<std::pair<uintptr_t, uint32_t>, std::vector<std::pair<int, const Logged*>>> groups;
+    // By instruction, memory (a copy has both) and how often the lane had come there: lanes that took another path
+    // don't take part.
+    using Place = std::pair<uintptr_t, bool>;
+    std::map<std::pair<Place, uint32_t>, std::vector<std::pair<int, const Logged*>>> groups;
     for (int lane = 0; lane < lanes; lane++) {
-      std::map<uintptr_t, uint32_t> times;
-      for (const Logged& access : warp[lane].log) groups[{access.pc, times[access.pc]++}].emplace_back(lane, &access);
+      std::map<Place, uint32_t> times;
+      for (const Logged& access : warp[lane].log) {
+        const Place place{access.pc, access.global};
+        groups[{place, times[place]++}].emplace_back(lane, &access);
+      }
     }
     for (const auto& [key, group] : groups) {
       int count = 0;
