@@ -20,6 +20,7 @@ from megalite_kernels.native.cuda.kernels.rows import Rows
 from tests.helpers.margins import surrounded, surrounded_outputs
 from tests.ops.catalogue import check, random
 from tests.ops.test_norms import plain_layer, plain_rms
+from tests.ops.test_registration import CALLS, WEIGHT, X
 
 ROWS = 37
 """With two blocks of 8 rows or of 1 at a time: several turns, the last one ragged."""
@@ -246,6 +247,16 @@ def test_non_contiguous_and_empty() -> None:
         assert torch.isnan(
             torch.ops.megalite.rms_norm_fwd(x.new_empty(2, 0), x.new_empty(0), 1e-6, False)[1]
         ).all()
+
+
+@pytest.mark.parametrize("op", [op for op in CALLS if "_norm_" in op and "rope" not in op])
+def test_opcheck(op: str) -> None:
+    """Schema, writes, strides and dtypes are those of the other back-ends."""
+    shapes = (X.shape, WEIGHT.shape)
+    args = [arg.bfloat16() if isinstance(arg, Tensor) and arg.shape in shapes else arg for arg in CALLS[op]]
+    with layout("warp"), mk.use_backend("cuda"):
+        call = getattr(torch.ops.megalite, op).default
+        torch.library.opcheck(call, tuple(args), test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "layer_norm"])

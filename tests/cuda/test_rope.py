@@ -127,6 +127,14 @@ def test_residuals_are_the_references() -> None:
     torch.testing.assert_close(ours[2:], theirs[2:])
 
 
+@pytest.mark.parametrize("op", ["rope_fwd", "rope_"])
+def test_opcheck(op: str) -> None:
+    q, k, angle = random(3, 3, 16), random(3, 2, 16, seed=1), ops.angles(3, 4)
+    with mk.use_backend("cuda"):
+        call, args = getattr(torch.ops.megalite, op).default, (q, k, angle.cos(), angle.sin(), False, False)
+        torch.library.opcheck(call, args, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_the_sums_do_not_depend_on_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def grads(seed: str) -> tuple[Tensor, ...]:
         monkeypatch.setenv("MEGALITE_CUDA_EMULATE_SEED", seed)
