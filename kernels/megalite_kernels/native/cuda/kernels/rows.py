@@ -29,9 +29,9 @@ class Rows:
         return self.threads // self.lanes
 
 
-# 16 elements a thread, two 16-byte loads of bf16. At 48 registers 1,300 threads share a multiprocessor, which have 40 KB
-# under way together (25 bytes/ns of an H100's at a latency of 0.6 us ask for 15). Up to 512 columns a warp or less takes
-# a row, with no barrier at all.
+# 16 elements a thread, two 16-byte loads of bf16. At 48 registers 1,300 threads share a multiprocessor, with 40 KB
+# under way together (25 bytes/ns of an H100's at a latency of 0.6 us ask for 15). Up to 512 columns a warp or less
+# takes a row, with no barrier at all.
 FORWARD = (
     Rows(8, 8, 128),
     Rows(16, 8, 128),
