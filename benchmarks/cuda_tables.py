@@ -17,7 +17,7 @@ MEANINGS = {
     "UTMALDG": "TMA loads",
     "UTMASTG": "TMA stores",
     "SYNCS": "`mbarrier`",
-    "UCGABAR": "clusters",
+    "UCGABAR_ARV": "clusters",
     "USETMAXREG": "`setmaxnreg`",
     "LDG.E.128": "16-byte loads",
 }

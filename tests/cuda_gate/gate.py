@@ -33,7 +33,7 @@ SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90a": 227 << 10, "sm_100a": 227 << 10}
 REGISTERS = 65536
 """Of a multiprocessor; a block's must fit, as it is launched with all its threads."""
 INSTRUCTIONS = (
-    "HMMA", "HGMMA", "LDSM", "STSM", "LDGSTS", "UTMALDG", "UTMASTG", "SYNCS", "USETMAXREG", "UCGABAR", "BAR.SYNC",
+    "HMMA", "HGMMA", "LDSM", "STSM", "LDGSTS", "UTMALDG", "UTMASTG", "SYNCS", "USETMAXREG", "UCGABAR_ARV", "BAR.SYNC",
     "SHFL", "MUFU", "LDG", "LDG.E.128", "STG", "STG.E.128", "LDS", "STS", "LDL", "STL", "ATOM", "RED",
 )  # fmt: skip
 
