@@ -46,31 +46,28 @@ def test_shared_master_and_empty() -> None:
     ops.test_empty("cuda")
 
 
-def state(size: int, dtype: torch.dtype, start: int) -> list[Tensor]:
-    """Parameters, master, moments and gradient, each beginning `start` elements into its memory."""
+def state(size: int, dtype: torch.dtype) -> list[Tensor]:
+    """Parameters, master, moments and gradient."""
     master = random(size)
-    values = [
-        master.to(dtype),
-        master,
-        random(size, seed=1) * 0.1,
-        random(size, seed=2).square(),
-        random(size, seed=3),
-    ]
-    return [torch.cat([x.new_full((start,), torch.nan), x])[start:] for x in values]
+    moments = [random(size, seed=1) * 0.1, random(size, seed=2).square()]
+    return [master.to(dtype), master, *moments, random(size, seed=3)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("start", [1, 2, 4])
+@pytest.mark.parametrize("start", [1, 2])
 def test_buffers_may_begin_anywhere(start: int, dtype: torch.dtype) -> None:
-    """A shard of a flat buffer does; the values don't depend on it."""
+    """A shard of a flat buffer does; the values don't depend on it, whichever of the five it is."""
     found = []
-    for shift in (0, start):
-        buffers = state(600, dtype, shift)
+    for shifted in (None, *range(5)):
+        buffers = state(300, dtype)
+        if shifted is not None:
+            x = buffers[shifted]
+            buffers[shifted] = torch.cat([x.new_full((start,), torch.nan), x])[start:]
         with mk.use_backend("cuda"):
             mk.adamw_(*buffers, **ops.SETTINGS, **ops.scalars(3, clip=0.25))
         found.append(buffers)
-    for ours, theirs in zip(*found, strict=True):
-        assert torch.equal(ours, theirs)
+    for buffers in found[1:]:
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(buffers, found[0], strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float32, torch.bfloat16])
@@ -82,7 +79,7 @@ def test_scalars_of_any_type(dtype: torch.dtype) -> None:
     }
     found = []
     for backend in ("cuda", "reference"):
-        buffers = state(40, torch.bfloat16, 0)
+        buffers = state(40, torch.bfloat16)
         with mk.use_backend(backend):
             mk.adamw_(*buffers, **ops.SETTINGS, **scalars)
         found.append(buffers)
@@ -157,7 +154,7 @@ def test_stochastic_rounding_of_the_extremes() -> None:
 def test_a_long_run_is_as_the_reference() -> None:
     found = []
     for backend in ("cuda", "reference"):
-        params, master, m, v, _ = state(48, torch.bfloat16, 0)
+        params, master, m, v, _ = state(48, torch.bfloat16)
         with mk.use_backend(backend):
             for step in (1, 1000, 100_000):
                 mk.adamw_(params, master, m, v, random(48, seed=step), **ops.SETTINGS, **ops.scalars(step))
@@ -168,7 +165,7 @@ def test_a_long_run_is_as_the_reference() -> None:
 
 def test_one_launch_moves_what_the_header_says() -> None:
     size = 512
-    buffers = state(size, torch.bfloat16, 0)
+    buffers = state(size, torch.bfloat16)
     with mk.use_backend("cuda"), emulated.reporting() as reports:
         mk.adamw_(*buffers, **ops.SETTINGS, **ops.scalars(3))
     (report,) = reports
