@@ -39,6 +39,7 @@ using attention::owned;
 
 static_assert(DIM == 64 || DIM == 128, "a tile is one or two parts of 64 columns");
 static_assert(CONSUMERS == 2 || CONSUMERS == 3, "registers are divided for two or three consumers");
+static_assert(STAGES >= 2, "a tile is given back only after the next one has come");
 static_assert(THREADS == 128 * (CONSUMERS + 1), "a warp group for the producer, and one for each consumer");
 
 constexpr int GROUP = 128;             // threads of a warp group
@@ -161,14 +162,14 @@ DEVICE void round_operand(uint32_t (&operand)[N / 16][4], const float (&x)[N / 2
     for (int i = 0; i < 4; ++i) operand[k][i] = ptx::pack2<ELEMENT>(x[8 * k + 2 * i], x[8 * k + 2 * i + 1]);
 }
 
-// -inf where a row does not see a column; x[64, N] starts at `column` for this thread, whose rows see [lowest,
+// `value` where a row does not see a column; x[64, N] starts at `column` for this thread, whose rows see [lowest,
 // highest].
 template <int N>
-DEVICE void hide(float (&x)[N / 2], int column, const int (&lowest)[2], const int (&highest)[2]) {
+DEVICE void hide(float (&x)[N / 2], float value, int column, const int (&lowest)[2], const int (&highest)[2]) {
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) {
     const int at = column + i / 4 * 8 + i % 2, row = i / 2 % 2;
-    if (at < lowest[row] || at > highest[row]) x[i] = -INFINITE;
+    if (at < lowest[row] || at > highest[row]) x[i] = value;
   }
 }
 

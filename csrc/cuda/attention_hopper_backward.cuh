@@ -131,15 +131,16 @@ struct Consumer {
     if (lane() == 0) ptx::mbarrier_arrive(at.empty + stage);
   }
 
-  // Scores become probabilities, 0 where a row does not see a column.
+  // Scores become probabilities, 0 where a row does not see a column. That branch comes last, for the compiler moves
+  // nothing across it: else ptxas takes the exponentials to where they are used, after the wait for the other product.
   DEVICE void probabilities_of(float (&scores)[BLOCK_N / 2], int start, const float* statistics) const {
-    if (band.lowest(row + 63) > start || start + BLOCK_N - 1 > band.highest(row))
-      hide<BLOCK_N>(scores, start + lane() % 4 * 2, lowest, highest);
 #pragma unroll
     for (int i = 0; i < BLOCK_N / 2; ++i) {
       const float base = OWNS_KEYS ? statistics[i / 4 * 16 + i % 2 * 2] : lse[i / 2 % 2];
       scores[i] = ptx::exp2_approx(fmaf(scores[i], factor, -base));
     }
+    if (band.lowest(row + 63) > start || start + BLOCK_N - 1 > band.highest(row))
+      hide<BLOCK_N>(scores, 0.0f, start + lane() % 4 * 2, lowest, highest);
   }
 
   // Gradients of probabilities become those of scores.

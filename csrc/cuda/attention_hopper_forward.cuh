@@ -131,7 +131,7 @@ struct Consumer {
   // Masks the block that starts at `start`, if any of these 64 rows does not see all of it.
   DEVICE void mask(float (&scores)[BLOCK_N / 2], int start) const {
     if (band.lowest(row + 63) <= start && start + BLOCK_N - 1 <= band.highest(row)) return;
-    hide<BLOCK_N>(scores, start + lane() % 4 * 2, lowest, highest);
+    hide<BLOCK_N>(scores, -INFINITE, start + lane() % 4 * 2, lowest, highest);
   }
 
   // Ping-pong: consumers issue their products one after another; the first need not wait the first time.
@@ -142,11 +142,24 @@ struct Consumer {
     if (number < CONSUMERS - 1 || !last) ptx::named_barrier_arrive(TURN_BARRIER + (number + 1) % CONSUMERS, 2 * GROUP);
   }
 
+  // Ends the products under way; the probabilities, rounded, and the output to their scale are ready for the next.
+  DEVICE void settle(float (&out)[DIM / 2], uint32_t (&probabilities)[BLOCK_N / 16][4],
+                     const float (&scores)[BLOCK_N / 2], const float (&correction)[2]) const {
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_pin(out);
+    round_operand<BLOCK_N>(probabilities, scores);
+#pragma unroll
+    for (int j = 0; j < DIM / 2; ++j) out[j] *= correction[j / 2 % 2];
+  }
+
+  // Over the key blocks from the last to the first. A block's exponentials are taken while the products of the block
+  // before it run: they are waited for (`settle`) only behind the wait for the next keys, a loop across which the
+  // compiler moves nothing. Without it ptxas puts the exponentials after the wait.
   DEVICE void run(float (&out)[DIM / 2], Softmax& softmax, bool packed) const {
     float scores[BLOCK_N / 2], correction[2];
     uint32_t probabilities[BLOCK_N / 16][4];
-    Place now, before;
-    int start = (blocks.first + blocks.count - 1) * BLOCK_N;
+    Place now, before;  // of these keys; of the values of the block before
+    int start = (blocks.first + blocks.count - 1) * BLOCK_N, spent = 0;
     ptx::mbarrier_wait(at.q_full, 0);
     ptx::mbarrier_wait(at.k_full, 0);
     ptx::wgmma_fence();
@@ -162,11 +175,12 @@ struct Consumer {
     release(at.k_empty);
     mask(scores, start);
     softmax.step(scores, factor, correction);
-    round_operand<BLOCK_N>(probabilities, scores);
     for (int i = 1; i < blocks.count; ++i) {
       start -= BLOCK_N;
       now.advance();
       ptx::mbarrier_wait(at.k_full + now.stage, now.parity);
+      settle(out, probabilities, scores, correction);
+      if (i > 1) release(at.v_empty + spent);
       wait_turn(i == 1);
       ptx::wgmma_pin(scores);
       ptx::wgmma_pin(out);
@@ -183,15 +197,11 @@ struct Consumer {
       release(at.k_empty + now.stage);
       mask(scores, start);
       softmax.step(scores, factor, correction);
-      ptx::wgmma_wait<0>();
-      ptx::wgmma_pin(out);
-      release(at.v_empty + before.stage);
+      spent = before.stage;
       before = now;
-      round_operand<BLOCK_N>(probabilities, scores);
-#pragma unroll
-      for (int j = 0; j < DIM / 2; ++j) out[j] *= correction[j / 2 % 2];
     }
     ptx::mbarrier_wait(at.v_full + before.stage, before.parity);
+    settle(out, probabilities, scores, correction);
     ptx::wgmma_pin(out);
     ptx::wgmma_fence();
     multiply_rows<BLOCK_N>(out, probabilities, v(before.stage));

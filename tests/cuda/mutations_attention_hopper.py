@@ -73,8 +73,8 @@ MUTATIONS = [
     # A stage is given back before the product that reads it is over.
     (
         _FORWARD,
-        "      ptx::wgmma_wait<0>();\n      ptx::wgmma_pin(out);\n      release(at.v_empty + before.stage);\n",
-        "      release(at.v_empty + before.stage);\n      ptx::wgmma_wait<0>();\n      ptx::wgmma_pin(out);\n",
+        "      settle(out, probabilities, scores, correction);\n      if (i > 1) release(at.v_empty + spent);\n",
+        "      if (i > 1) release(at.v_empty + spent);\n      settle(out, probabilities, scores, correction);\n",
         ring,
     ),
     # The output keeps the scale of an older maximum.
