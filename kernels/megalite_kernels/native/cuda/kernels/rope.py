@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from megalite_kernels.native.cuda.kernel import Kernel, instance
 from megalite_kernels.native.cuda.kernels.rows import run_of
 
@@ -38,18 +40,24 @@ def rope_kernel(
     count = max(1, -(-half // run) + -(-(dim - 2 * half) // (2 * run)))
     lanes = min(32, 1 << (count - 1).bit_length())
     units = 1 << (-(-count // lanes) - 1).bit_length()
-    shared = 4 * 2 * run * units * THREADS if name == "rope_norm_backward" else 0
+    return _instance(name, element, weight, run, units, lanes, int(interleaved), THREADS)
+
+
+@functools.cache
+def _instance(
+    name: str, element: str, weight: str, run: int, units: int, lanes: int, interleaved: int, threads: int
+) -> Kernel:
     return instance(
         "rope.cuh",
         name,
-        threads=THREADS,
-        shared_bytes=shared,
+        threads=threads,
+        shared_bytes=4 * 2 * run * units * threads if name == "rope_norm_backward" else 0,
         ELEMENT=element,
         WEIGHT=weight,
         RUN=run,
         UNITS=units,
         LANES=lanes,
-        INTERLEAVED=int(interleaved),
+        INTERLEAVED=interleaved,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from megalite_kernels.native.cuda.kernel import Kernel, instance
@@ -92,6 +93,7 @@ def forward_kernel(
     return row_kernel(source, name, element, weight, rows, aligned), rows
 
 
+@functools.cache
 def row_kernel(
     source: str, name: str, element: str, weight: str, rows: Rows, aligned: bool, *, partial: bool = False
 ) -> Kernel:
@@ -121,6 +123,7 @@ def row_kernel(
     )
 
 
+@functools.cache
 def sum_kernel(weight: str) -> Kernel:
     """Adds up the partial sums of a gradient of type `weight`."""
     return instance("sum_partials.cuh", "sum_partials", threads=256, shared_bytes=1024, WEIGHT=weight)
