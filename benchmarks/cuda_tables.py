@@ -26,13 +26,13 @@ Rows = list[dict[str, Any]]
 
 
 def read(folder: Path) -> tuple[Rows, list[str]]:
-    """All rows of the gate's tables, with their file's name as `group`, and the versions of nvcc."""
+    """All rows of the gate's tables but for those of the lab's teaching kernels, and the versions of nvcc."""
     rows: Rows = []
     versions: dict[str, None] = {}
     for path in sorted(folder.glob("table_*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         versions[content["nvcc"]] = None
-        rows += [row | {"group": path.stem.removeprefix("table_")} for row in content["rows"]]
+        rows += [row for row in content["rows"] if not row["case"].startswith("lab ")]
     return rows, list(versions)
 
 

@@ -22,6 +22,7 @@ def test_a_kernel_is_a_line_with_the_range_of_its_instances(tmp_path: Path) -> N
         row("small", "sm_80", 40),
         row("large", "sm_80", 64, shared_bytes=1536, threads=512),
         row("small", "sm_90a", 42),
+        row("lab naive", "sm_80", 255),
         row("wide", "sm_90a", 168, kernel="attention", instructions={"HGMMA": 8, "UTMALDG": 2, "SYNCS": 4}),
     ]
     (tmp_path / "table_norms.json").write_text(json.dumps({"nvcc": "13.0.88", "rows": rows}))

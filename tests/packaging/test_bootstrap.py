@@ -41,7 +41,10 @@ def bootstrap(checkout: Path, *arguments: str, **environment: str) -> subprocess
 def test_an_unknown_extra_is_refused(checkout):
     done = bootstrap(checkout, "everything")
     assert done.returncode == 1
-    assert done.stderr == "set-up: error: unknown extra 'everything'; there are: corpus, test, triton, cuda, dev\n"
+    assert (
+        done.stderr
+        == "set-up: error: unknown extra 'everything'; there are: corpus, test, triton, cuda, dev\n"
+    )
 
 
 def test_a_python_that_was_named_must_be_new_enough(checkout):
