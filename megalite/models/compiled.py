@@ -66,4 +66,6 @@ class CompiledForward:
         if context.cu_seqlens is not None:
             torch._dynamo.mark_dynamic(context.cu_seqlens, 0)
         sinks = [sink for weight in self._weights if (sink := get_sink(weight)) is not None]
+        for sink in sinks:
+            sink.cleared()  # a graph only adds
         return self._compiled(announce(x, sinks), residual, context, None, recompute)

@@ -61,8 +61,11 @@ class FlatBuffers:
         self._copies = box_copies(self._boxes["main_grad"], mesh, self.replicate.size)
         wide = self.buckets[0].main_grad.dtype
         wire = torch.bfloat16 if parallel.grad_reduce_dtype == "bf16" else wide
-        self.reducer = GradientReducer(self.buckets, self.shard, self.replicate, wire)
+        self.reducer = GradientReducer(
+            self.buckets, self.shard, self.replicate, wire, watch=mesh.world_size > 1
+        )
         self.gatherer = WeightGatherer(model, self.buckets[::-1], self.shard)
+        self._sinks: list[GradientSink] = []
         self._hooks = [
             self._catch_gradient(bucket.slots[j], bucket.main_grad, i, j)
             for i, bucket in enumerate(self.buckets)
@@ -79,27 +82,30 @@ class FlatBuffers:
 
         A layer that knows sinks accumulates a matrix's gradient itself, and autograd then has none for it.
         """
-        main_grad, arrived = slot.view(flat), self.reducer.arrived
+        arrived = self.reducer.arrived
+        sink = GradientSink(slot.view(flat), lambda: arrived(bucket, number))
+        self._sinks.append(sink)
         if slot.parameter.dim() == 2:
-            set_sink(slot.parameter, GradientSink(main_grad, lambda: arrived(bucket, number)))
+            set_sink(slot.parameter, sink)
 
         def add(parameter: Tensor) -> None:
             if parameter.grad is not None:
-                main_grad.add_(parameter.grad)
+                sink.add_gradient(parameter.grad)
                 parameter.grad = None
-                arrived(bucket, number)
 
         return slot.parameter.register_post_accumulate_grad_hook(add)
 
     def start_step(self, num_microbatches: int) -> None:
         """See `ModelState`."""
-        for group in self.groups:
-            group.main_grad.zero_()
+        for sink in self._sinks:
+            sink.fresh = True
         self.reducer.start_step(num_microbatches)
 
     @torch.no_grad()
     def finish_gradients(self) -> None:
         """See `ModelState`."""
+        for sink in self._sinks:
+            sink.cleared()  # of parameters that took no part
         self.reducer.finish()
         sum_partial(self._boxes["main_grad"], self.mesh.tp)
         tied = [bucket.main_grad[bucket.own] for bucket in self.buckets if bucket.tied]
@@ -108,7 +114,7 @@ class FlatBuffers:
             all_reduce_sum(gradient, self.mesh.tied)
 
     def local_finite(self) -> Tensor:
-        """See `ModelState`; of the step whose gradients were finished last."""
+        """See `ModelState`; of the step whose gradients were finished last, with several processes."""
         return self.reducer.local_finite()
 
     def optimizer_shards(self) -> list[OptimizerShard]:

@@ -42,30 +42,58 @@ class GradientSink:
     """Takes the gradient of one weight matrix.
 
     Args:
-        main_grad: [O, I] fp32 (or the weight's own wider type), accumulated in place.
+        main_grad: fp32 (or the weight's own wider type) of the weight's shape, accumulated in place.
         added: called after each accumulation.
     """
 
     def __init__(self, main_grad: Tensor, added: Callable[[], None]) -> None:
         self.main_grad = main_grad
         self.added = added
+        self.fresh = False
+        """What main_grad holds is of an earlier step: whoever comes first overwrites it."""
         self.queue: WeightQueue | None = None
         """Set by a pipeline stage whose schedule has a W pass of its own."""
 
+    def cleared(self) -> Tensor:
+        """The main gradient for who adds to it by other means: zeros if it is fresh."""
+        if self.fresh:
+            self.main_grad.zero_()
+            self.fresh = False
+        return self.main_grad
+
+    def taken(self) -> tuple[Tensor, bool]:
+        """The main gradient for who adds to it, or overwrites it where the second is False."""
+        fresh, self.fresh = self.fresh, False
+        return self.main_grad, not fresh
+
     def add(self, dy: Tensor, x: Tensor) -> None:
         """Accumulate dyᵀ · x for dy [T, O] and x [T, I], now or when the queue is emptied."""
-        self.add_product(lambda main_grad: accumulate_weight_gradient(dy, x, main_grad))
+
+        def product() -> None:
+            main_grad, add = self.taken()
+            accumulate_weight_gradient(dy, x, main_grad, add=add)
+
+        self._run(product)
 
     def add_product(self, add: Callable[[Tensor], None]) -> None:
         """Let `add` accumulate a product into the main gradient, now or when the queue is emptied."""
-        if self.queue is None:
-            self._accumulate(add)
-        else:
-            self.queue.put(lambda: self._accumulate(add))
+        self._run(lambda: add(self.cleared()))
 
-    def _accumulate(self, add: Callable[[Tensor], None]) -> None:
+    def add_gradient(self, gradient: Tensor) -> None:
+        """Accumulate a gradient that is there, now."""
+        main_grad, add = self.taken()
+        main_grad.add_(gradient) if add else main_grad.copy_(gradient)
+        self.added()
+
+    def _run(self, compute: Callable[[], None]) -> None:
+        if self.queue is None:
+            self._compute(compute)
+        else:
+            self.queue.put(lambda: self._compute(compute))
+
+    def _compute(self, compute: Callable[[], None]) -> None:
         with torch.no_grad():
-            add(self.main_grad)
+            compute()
         self.added()
 
 

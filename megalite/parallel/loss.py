@@ -47,6 +47,7 @@ def head_loss(
             weight's gradient then goes into its sink, if it has one, at once.
     """
     sink = get_sink(weight) if grad_scale is not None and torch.is_grad_enabled() else None
+    main_grad, add = (None, True) if sink is None else sink.taken()
     loss = kernels.linear_cross_entropy(
         hidden,
         weight if sink is None else weight.detach(),
@@ -54,7 +55,8 @@ def head_loss(
         ignore_index=ignore_index,
         reduction="sum",
         valid_rows=valid_rows,
-        main_grad=None if sink is None else sink.main_grad,
+        main_grad=main_grad,
+        main_grad_add=add,
         grad_scale=grad_scale,
     )
     if sink is not None:
@@ -117,7 +119,7 @@ class _Losses(torch.autograd.Function):
         """The sum of a chunk's dx hides behind the next chunk's products."""
         hidden, weight, labels, lse = ctx.saved_tensors
         split = ctx.split
-        total = ctx.sink.main_grad if ctx.sink is not None else None
+        total = ctx.sink.cleared() if ctx.sink is not None else None
         if total is None and split.chunks > 1:
             total = torch.zeros_like(weight, dtype=lse.dtype)
         summed: list[tuple[Tensor, Work]] = []

@@ -33,11 +33,14 @@ class GradientReducer:
         shard: ranks that own a slice of each bucket; this one gets the sum of its slice.
         replicate: ranks that own the same slice.
         wire: type in which gradients travel; sums are made in the buckets' own.
+        watch: look at the gradients before they are summed, for `local_finite`: a pass over all of them.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], shard: Axis, replicate: Axis, wire: torch.dtype) -> None:
+    def __init__(
+        self, buckets: Sequence[Bucket], shard: Axis, replicate: Axis, wire: torch.dtype, *, watch: bool
+    ) -> None:
         self.buckets = buckets
-        self.shard, self.replicate, self.wire = shard, replicate, wire
+        self.shard, self.replicate, self.wire, self.watch = shard, replicate, wire, watch
         narrow = wire != buckets[0].main_grad.dtype
         self._chained = replicate.group is not None and (narrow or shard.group is not None)
         self._per_microbatch: list[list[int]] | None = None
@@ -104,7 +107,8 @@ class GradientReducer:
         """Start the next bucket, and the second collective of the one before if its sum takes several."""
         bucket = self.buckets[len(self._running)]
         # A sum: squares of finite numbers may overflow. Afterwards it would be every rank's number.
-        self._sums.append(bucket.main_grad.sum())
+        if self.watch:
+            self._sums.append(bucket.main_grad.sum())
         # Only where another collective follows: a wait without one would expose what the backward pass hides.
         if self._running and self._chained:
             self._running[-1].advance()

@@ -134,8 +134,16 @@ class Replica:
 
     def grad_norm(self) -> tuple[Tensor, Tensor]:
         """Norm of the whole model's gradients, the same on all ranks, and [boxes] that of each local part."""
-        norms = box_norms(self.state.boxes("main_grad"), self.mesh.device)
-        return total_norm(norms, self._copies, self.mesh.world), norms
+        norms = self.local_norms()
+        return self.total_norm(norms), norms
+
+    def local_norms(self) -> Tensor:
+        """Norm of each part of the gradients that this process holds: [boxes]."""
+        return box_norms(self.state.boxes("main_grad"), self.mesh.device)
+
+    def total_norm(self, norms: Tensor) -> Tensor:
+        """Norm of the whole model's gradients from every process's local norms."""
+        return total_norm(norms, self._copies, self.mesh.world)
 
     @torch.no_grad()
     def token_losses(self, batch: MicroBatch) -> Tensor:

@@ -147,11 +147,14 @@ class Trainer:
 
         loss_sum = self.replica.gradients(batches, scale, mark)
         self.state.finish_gradients()
-        shared = self.local_report(loss_sum, inputs.stop)
+        mark("communication")
+        norms = self.replica.local_norms()
+        mark("optimizer")
+        shared = self.local_report(loss_sum, norms, inputs.stop)
         all_reduce_sum(shared, mesh.world)
         mark("communication")
 
-        grad_norm, norms = self.replica.grad_norm()
+        grad_norm = self.replica.total_norm(norms)
         loss_mean = shared[0] * scale
         verdict = self.guard.judge(loss_mean, grad_norm, norms)
         clip = clip_coefficient(grad_norm, self.config.optimizer.clip_grad_norm)
@@ -168,14 +171,16 @@ class Trainer:
             self.loader.prefetch_step(train.samples_before(step + 1), train.batch_size_at(step + 1))
         return self.copies.bring(batches)
 
-    def local_report(self, loss_sum: Tensor, stop: Tensor) -> Tensor:
-        """What the processes tell each other in a step: float64 [2 + dp].
+    def local_report(self, loss_sum: Tensor, norms: Tensor, stop: Tensor) -> Tensor:
+        """What the processes tell each other in a step: float64 [2 + world].
 
         The sum of losses, whether this process wants to stop, and one flag per process that is set where its
         own loss or gradients are not finite (after the reduction everybody's would be).
         """
         report = torch.zeros(2 + self.mesh.world_size, dtype=torch.float64, device=self.mesh.device)
-        finite = is_finite(loss_sum) & self.state.local_finite()
+        # One process sees its own gradients in their norms.
+        gradients = is_finite(norms).all() if self.mesh.world_size == 1 else self.state.local_finite()
+        finite = is_finite(loss_sum) & gradients
         report[0] = loss_sum if self.mesh.tp.rank == 0 else 0.0  # tensor-parallel ranks score the same labels
         report[1] = stop
         report[2 + self.mesh.rank] = (~finite).double()

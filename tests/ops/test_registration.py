@@ -54,7 +54,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "cross_entropy_local_bwd_": (X.clone(), TARGET, torch.ones(6), torch.ones(6), *SHARD, *LOSS),
     "linear_cross_entropy_fwd": (*HEAD, 14, *LOSS),
     "linear_cross_entropy_grad": (*HEAD[:2], None, TARGET % 6, torch.ones(6), 16, *LOSS),
-    "linear_cross_entropy_grad_": (*HEAD[:2], None, TARGET % 6, torch.ones(6), torch.zeros(16, 16), 16, *LOSS),
+    "linear_cross_entropy_grad_": (*HEAD[:2], None, TARGET % 6, torch.ones(6), torch.zeros(16, 16), False, 16, *LOSS),
     "linear_cross_entropy_local_fwd": (*HEAD, 8, 13, *LOSS),
     "linear_cross_entropy_bwd": (*HEAD, torch.ones(6), torch.ones(()), *SHARD, *LOSS),
     "linear_cross_entropy_bwd_": (

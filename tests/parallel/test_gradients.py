@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from megalite.config import ParallelConfig
 from megalite.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megalite.parallel.data import FlatBuffers
 from megalite.parallel.gradients import GradientSink, WeightQueue, add_weight_gradient, get_sink, set_sink
-from megalite.parallel.mesh import mesh_of_group
+from megalite.parallel.mesh import Mesh, mesh_of_group
 from megalite.parallel.partial import sum_partial
 from megalite.parallel.pieces import Box
 from megalite.parallel.tensor import UNSPLIT, Shard, TensorSplit
@@ -156,3 +157,35 @@ def test_a_queue_frees_the_factors_of_each_product_as_it_goes() -> None:
     assert order == [0, 1, 2]
     queue.take()()
     assert order == [0, 1, 2, "later"]
+
+
+@pytest.mark.parametrize("fused_head", [False, True])
+@pytest.mark.parametrize("name", ["llama", "qwen3-tied", "gpt2"])
+def test_the_first_gradient_of_a_step_overwrites_what_is_there(name: str, fused_head: bool) -> None:
+    """Nothing clears main gradients before a step: whatever they hold, the step's gradients come out the same."""
+    model = build(MODELS[name], UNSPLIT, torch.float32)
+    state = FlatBuffers(model, Mesh(device=torch.device("cpu")), torch.float32, ParallelConfig())
+    scale = torch.tensor(0.5) if fused_head else None
+    found = []
+    for old in (0.0, float("nan"), 1e3):
+        for box in state.boxes("main_grad"):
+            box.tensor.fill_(old)
+        state.start_step(2)
+        for _ in range(2):
+            loss = loss_of(model, packed_batch(), None, scale)
+            (loss if scale is None else loss * scale).backward()
+        state.finish_gradients()
+        found.append([box.tensor.clone() for box in state.boxes("main_grad")])
+    for first, *others in zip(*found, strict=True):
+        assert first.isfinite().all()
+        assert all(torch.equal(first, other) for other in others)
+
+
+def test_a_parameter_without_a_gradient_has_zeros() -> None:
+    model = build(MODELS["llama"], UNSPLIT, torch.float32)
+    state = FlatBuffers(model, Mesh(device=torch.device("cpu")), torch.float32, ParallelConfig())
+    for box in state.boxes("main_grad"):
+        box.tensor.fill_(7.0)
+    state.start_step(0)
+    state.finish_gradients()
+    assert not any(box.tensor.any() for box in state.boxes("main_grad"))

@@ -46,7 +46,7 @@ def dgrad(dy: Tensor, weight: Tensor) -> Tensor:
     return forward(dy, weight.t(), None)
 
 
-def accumulate_(dy: Tensor, x: Tensor, main_grad: Tensor) -> None:
+def accumulate_(dy: Tensor, x: Tensor, main_grad: Tensor, add: bool = True) -> None:
     """Backend "cpu" of `linear_weight_grad_`.
 
     In half precision always ours, which does not round: with AMX 1.3-1.7 times oneDNN's product of the two, whose
@@ -54,9 +54,10 @@ def accumulate_(dy: Tensor, x: Tensor, main_grad: Tensor) -> None:
     """
     (rows, cols), inner = main_grad.shape, dy.shape[0]
     if dy.dtype == torch.float32 and not wins(dy.dtype, rows, cols, inner):
-        main_grad.addmm_(dy.t(), x)  # in place already, at the rate of torch's forward
+        # In place already, at the rate of torch's forward.
+        main_grad.addmm_(dy.t(), x) if add else torch.mm(dy.t(), x, out=main_grad)
     else:
-        multiply_(main_grad, dy.t(), x, add=True)
+        multiply_(main_grad, dy.t(), x, add=add)
 
 
 def product_(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> None:

@@ -109,16 +109,19 @@ def project_back(dy: Tensor, weight: Tensor) -> Tensor:
     return _dgrad(dy, weight) if dy.device.type == "cpu" else dy @ weight
 
 
-def accumulate_(dy: Tensor, x: Tensor, main_grad: Tensor) -> None:
-    """`main_grad += dy.T @ x` for dy [T, O] and x [T, I]; reference of `linear_weight_grad_`."""
-    if main_grad.dtype == dy.dtype:
+def accumulate_(dy: Tensor, x: Tensor, main_grad: Tensor, add: bool = True) -> None:
+    """`main_grad (+)= dy.T @ x` for dy [T, O] and x [T, I]; reference of `linear_weight_grad_`."""
+    if not add:
+        main_grad.copy_(torch.mm(dy.t(), x))
+    elif main_grad.dtype == dy.dtype:
         main_grad.addmm_(dy.t(), x)
     else:
         main_grad.add_(torch.mm(dy.t(), x))
 
 
 _accumulate_ = define(
-    "linear_weight_grad_(Tensor dy, Tensor x, Tensor(a!) main_grad) -> ()", fake=lambda dy, x, main_grad: None
+    "linear_weight_grad_(Tensor dy, Tensor x, Tensor(a!) main_grad, bool add=True) -> ()",
+    fake=lambda dy, x, main_grad, add=True: None,
 )
 register("linear_weight_grad_", "reference", accumulate_)
 register_lazy(
@@ -137,15 +140,16 @@ register_lazy(
 )
 
 
-def accumulate_weight_gradient(dy: Tensor, x: Tensor, main_grad: Tensor) -> None:
+def accumulate_weight_gradient(dy: Tensor, x: Tensor, main_grad: Tensor, *, add: bool = True) -> None:
     """`main_grad += dy.T @ x`, in place: what the backward pass of `linear(main_grad=...)` does.
 
     Args:
         dy: [T, O].
         x: [T, I] like dy.
         main_grad: [O, I] fp32, or like dy.
+        add: if not, what main_grad holds is overwritten, which saves clearing and reading it.
     """
-    _accumulate_(dy, x, main_grad)
+    _accumulate_(dy, x, main_grad, add)
 
 
 class _MainGradLinear(torch.autograd.Function):
@@ -161,5 +165,5 @@ class _MainGradLinear(torch.autograd.Function):
         flat = dy.reshape(-1, dy.shape[-1])
         dx = project_back(dy, weight) if ctx.needs_input_grad[0] else None
         if ctx.needs_input_grad[1]:
-            _accumulate_(flat, x.reshape(-1, x.shape[-1]), ctx.main_grad)
+            _accumulate_(flat, x.reshape(-1, x.shape[-1]), ctx.main_grad, True)
         return dx, None, flat.sum(0) if ctx.has_bias else None, None

@@ -43,6 +43,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     valid_rows: int | None = None,
     main_grad: Tensor | None = None,
+    main_grad_add: bool = True,
     grad_scale: Tensor | None = None,
 ) -> Tensor:
     """`cross_entropy(x @ weight.T + bias, target)`, chunked over tokens.
@@ -61,6 +62,7 @@ def linear_cross_entropy(
             with zero gradients; None: all. Cheaper than a slice of the weight, whose gradient autograd copies
             into a padded one.
         main_grad: [V, H] fp32; if given, the backward adds the weight's gradient into it, and `weight` gets none.
+        main_grad_add: if not, what main_grad holds is overwritten; only with grad_scale.
         grad_scale: the gradient that a scalar loss is going to get, a scalar, where that is known beforehand (one
             over the labels of all micro-batches). Gradients are made with it, and `main_grad` gets the weight's
             in the *forward*, so that none of V rows lies beside it. A forward with it must be followed by one
@@ -79,7 +81,7 @@ def linear_cross_entropy(
     checks.require_option(reduction, ("none", "sum", "mean"), "reduction")
     options = loss_options(ignore_index, label_smoothing, z_loss, softcap)
     valid = shard_of(0, valid_rows, None, weight.shape[0], "rows of weight").valid_rows
-    _check_gradients(main_grad, grad_scale, weight, reduction)
+    _check_gradients(main_grad, main_grad_add, grad_scale, weight, reduction)
     flat, flat_target = x.reshape(-1, x.shape[-1]), target.reshape(-1)
     wide = wide_dtype(x)
     one = torch.ones((), dtype=wide, device=x.device)
@@ -87,16 +89,20 @@ def linear_cross_entropy(
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if needs_grad and reduction != "none":
         scales = (scale, grad_scale)
-        return _ReducedLoss.apply(flat, weight, bias, flat_target, *scales, main_grad, valid, *options)
+        return _ReducedLoss.apply(
+            flat, weight, bias, flat_target, *scales, main_grad, main_grad_add, valid, *options
+        )
     loss = _TokenLosses.apply(flat, weight, bias, flat_target, main_grad, valid, *options)
     return loss.view(target.shape) if reduction == "none" else loss.sum() * scale
 
 
 def _check_gradients(
-    main_grad: Tensor | None, grad_scale: Tensor | None, weight: Tensor, reduction: str
+    main_grad: Tensor | None, add: bool, grad_scale: Tensor | None, weight: Tensor, reduction: str
 ) -> None:
     if main_grad is not None:
         check_main_grad(main_grad, weight)
+    if not add and (main_grad is None or grad_scale is None):
+        raise ValueError("main_grad_add=False needs main_grad and grad_scale: pass both, or leave it True")
     if grad_scale is None:
         return
     if reduction == "none":
@@ -139,8 +145,8 @@ _grads = define(
     fake=lambda x, weight, bias, *rest: (_per_token(x), *fake_grads(x, weight, bias)),
 )
 _grads_ = define(
-    f"linear_cross_entropy_grad_({HEAD_SCHEMA}, Tensor scale, Tensor(a!) main_grad, int valid_rows, {OPTIONS_SCHEMA})"
-    " -> (Tensor, Tensor, Tensor)",
+    f"linear_cross_entropy_grad_({HEAD_SCHEMA}, Tensor scale, Tensor(a!) main_grad, bool add, int valid_rows, "
+    f"{OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor)",
     fake=lambda x, weight, bias, *rest: (_per_token(x), *fake_grads(x, weight, bias)[::2]),
 )
 # x * scale in another dtype: the last step of a gradient that was made before the incoming one was known.
@@ -180,6 +186,7 @@ class _ReducedLoss(torch.autograd.Function):
         scale: Tensor,
         grad_scale: Tensor | None,
         main_grad: Tensor | None,
+        add: bool,
         valid_rows: int,
         *options: Any,
     ) -> Tensor:
@@ -189,7 +196,7 @@ class _ReducedLoss(torch.autograd.Function):
         if grad_scale is None or main_grad is None:
             loss, dx, dweight, dbias = _grads(*inputs, valid_rows, *options)
         else:
-            loss, dx, dbias = _grads_(*inputs, main_grad, valid_rows, *options)
+            loss, dx, dbias = _grads_(*inputs, main_grad, add, valid_rows, *options)
         ctx.save_for_backward(dx, dweight, dbias, grad_scale)
         ctx.main_grad, ctx.has_bias, ctx.dtype = main_grad, bias is not None, weight.dtype
         ctx.num_options = len(options)
@@ -209,7 +216,7 @@ class _ReducedLoss(torch.autograd.Function):
             weight_grad = _times(dweight, dloss, ctx.dtype)
         elif dweight is not None:
             ctx.main_grad.addcmul_(dweight.to(ctx.main_grad.dtype), dloss.to(ctx.main_grad.dtype))
-        return dx, weight_grad, dbias, *(None for _ in range(5 + ctx.num_options))
+        return dx, weight_grad, dbias, *(None for _ in range(6 + ctx.num_options))
 
 
 class _TokenLosses(torch.autograd.Function):

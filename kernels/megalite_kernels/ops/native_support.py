@@ -23,8 +23,8 @@ def native_supports(*args: Any) -> str | None:
 
 
 def native_accumulator_supports(*args: Any) -> str | None:
-    """As `native_supports`; the last argument is an accumulator, contiguous float32."""
-    main_grad = args[-1]
+    """As `native_supports`; the last tensor is an accumulator, contiguous float32."""
+    main_grad = [value for value in args if isinstance(value, torch.Tensor)][-1]
     if main_grad.dtype != torch.float32 or not main_grad.is_contiguous():
         return f"adds into contiguous float32, not {main_grad.dtype} of stride {main_grad.stride()}"
     return native_supports(*args)

@@ -144,15 +144,16 @@ def grads(
     add_product: AddProduct | None = None,
     product: Product = product_,
     main_grad: Tensor | None = None,
+    add: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss [T], dx like x, dweight [rows, H] and dbias [rows] in the wide dtype; dbias is empty without a bias).
 
     The gradients are those of `sum(scale * loss)`, scale being a scalar or [T]; the row kernel is of the kind
     `loss_and_grad`, add_product is `add_product_` or something faster. With `main_grad` dweight is that tensor,
-    added into.
+    added into or, without `add`, overwritten.
     """
     loss = x.new_empty(x.shape[0], dtype=wide_dtype(x))
-    sums = _Gradients(x, weight, bias, valid_rows, main_grad, add_product or add_product_, product)
+    sums = _Gradients(x, weight, bias, valid_rows, main_grad, add_product or add_product_, product, add)
     for part, logits in _chunks(x, weight, bias, valid_rows, product):
         loss[part] = row_kernel(logits, target[part], _rows_of(scale, part), *options)[0]
         sums.add(part, logits)
@@ -166,14 +167,15 @@ def grads_into(
     target: Tensor,
     scale: Tensor,
     main_grad: Tensor,
+    add: bool,
     *rest: Any,
     row_kernel: RowKernel,
     add_product: AddProduct | None = None,
     product: Product = product_,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, dx, dbias) as `grads`; the weight's gradient is added into `main_grad`."""
+    """(loss, dx, dbias) as `grads`; the weight's gradient is added into `main_grad`, or overwrites it."""
     kernels: dict[str, Any] = {"row_kernel": row_kernel, "add_product": add_product, "product": product}
-    loss, dx, _, dbias = grads(x, weight, bias, target, scale, *rest, **kernels, main_grad=main_grad)
+    loss, dx, _, dbias = grads(x, weight, bias, target, scale, *rest, **kernels, main_grad=main_grad, add=add)
     return loss, dx, dbias
 
 
@@ -248,20 +250,19 @@ class _Gradients:
         main_grad: Tensor | None,
         add_product: AddProduct,
         product: Product,
+        add: bool = True,
     ) -> None:
         wide = wide_dtype(x)
         self.add_product, self.product = add_product, product
         self.x, self.weight, self.valid_rows = x, weight[:valid_rows], valid_rows
         self.dx = torch.empty_like(x) if valid_rows else torch.zeros_like(x)
         self.dbias = x.new_zeros(0 if bias is None else weight.shape[0], dtype=wide)
-        self.fresh = main_grad is None and x.shape[0] > 0
-        if main_grad is not None:
-            self.dweight = main_grad
-        elif self.fresh:  # the first chunk writes it: filling it with zeros would be one more pass
-            self.dweight = torch.empty_like(weight, dtype=wide)
-            self.dweight[valid_rows:] = 0
-        else:
-            self.dweight = torch.zeros_like(weight, dtype=wide)
+        keep = main_grad is not None and add
+        self.dweight = torch.empty_like(weight, dtype=wide) if main_grad is None else main_grad
+        # The first chunk overwrites it: filling it with zeros would be one more pass.
+        self.fresh = not keep and x.shape[0] > 0
+        if not keep:
+            self.dweight[valid_rows if self.fresh else 0 :] = 0
 
     def add(self, part: slice, dlogits: Tensor) -> None:
         if not self.valid_rows:

@@ -76,14 +76,16 @@ def library_accumulates(device_type: str, dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or not torch.cuda.tunable.is_enabled()
 
 
-def accumulate_(dy: Tensor, x: Tensor, main_grad: Tensor) -> None:
+def accumulate_(dy: Tensor, x: Tensor, main_grad: Tensor, add: bool = True) -> None:
     """Backend "triton" of `linear_weight_grad_`: torch's product where it can accumulate, else the kernel."""
     if not library_accumulates(dy.device.type, dy.dtype):
-        accumulate_by_kernel_(dy, x, main_grad)
+        accumulate_by_kernel_(dy, x, main_grad if add else main_grad.zero_())
     elif dy.dtype == torch.float32:
-        main_grad.addmm_(dy.t(), x)
-    else:
+        torch.addmm(main_grad, dy.t(), x, beta=float(add), out=main_grad)
+    elif add:
         torch.addmm(main_grad, dy.t(), x, out_dtype=torch.float32, out=main_grad)
+    else:
+        torch.mm(dy.t(), x, out_dtype=torch.float32, out=main_grad)
 
 
 def accumulate_by_kernel_(dy: Tensor, x: Tensor, main_grad: Tensor) -> None:
