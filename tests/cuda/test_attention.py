@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import megalite_kernels as mk
+from megalite_kernels.native.cuda import attention as launchers
 from megalite_kernels.native.cuda import attention_shape, emulated
 from megalite_kernels.native.cuda.kernels import attention as kernels
 from megalite_kernels.native.cuda.kernels.attention import Tiles
@@ -33,6 +35,12 @@ def use_tiles(patch: pytest.MonkeyPatch, tiles: Tiles) -> None:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of which short sequences have several."""
     use_tiles(monkeypatch, SMALL)
+
+
+@pytest.fixture(autouse=True)
+def sm_80(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is emulated: on Hopper other kernels would take these calls."""
+    monkeypatch.setattr(launchers, "arch", lambda device: 80)
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +91,40 @@ def test_tiles(tiles: Tiles, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_shipped_tiles(dtype: torch.dtype, dim: int, rows: int) -> None:
     check((rows, rows + 9, 2, 1, dim), dtype=dtype)
+
+
+def test_tiles_of_newer_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launchers, "arch", lambda device: 100)
+    q = random(1, 150, 1, 128).bfloat16()
+    with mk.use_backend("cuda"), emulated.reporting() as reports:
+        out = mk.attention(q, q, q)
+    truth, same = (helpers.plain(x, x, x, None, None, {})[0] for x in (q.double(), q))
+    mk.testing.assert_as_accurate(out, same, truth)
+    assert reports[0].shared_wavefronts > 0
+    assert kernels.forward("bf16", 128, 100).threads == 256
+
+
+@pytest.mark.parametrize(
+    ("architecture", "reason", "taken"), [(90, None, True), (90, "no", False), (100, None, False)]
+)
+def test_wgmma_takes_what_it_can(
+    architecture: int, reason: str | None, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only on sm_90, and only if its kernels say so; forwards and backwards."""
+    hopper = SimpleNamespace(
+        forward_supports=lambda *args: reason,
+        backward_supports=lambda *args: reason,
+        forward=lambda *args: ("wgmma", len(args)),
+        backward=lambda *args: ("wgmma", len(args)),
+    )
+    monkeypatch.setattr(launchers, "arch", lambda device: architecture)
+    monkeypatch.setattr(launchers, "_hopper", lambda: hopper)
+    monkeypatch.setattr(launchers, "forward_mma", lambda *args: ("mma", len(args)))
+    monkeypatch.setattr(launchers, "backward_mma", lambda *args: ("mma", len(args)))
+    q, options = random(1, 3, 1, 64).bfloat16(), (None, None, None, True, 0, 0, 0, 0.0, 0.125)
+    name = "wgmma" if taken else "mma"
+    assert launchers.forward(q, q, q, *options) == (name, 12)
+    assert launchers.backward(q, None, q, q, q, q, q, *options) == (name, 16)
 
 
 @pytest.mark.parametrize("dim", [8, 16, 32, 80, 96, 120])

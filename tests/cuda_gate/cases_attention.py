@@ -5,6 +5,7 @@ from __future__ import annotations
 from megalite_kernels.native.cuda.kernel import Kernel
 from megalite_kernels.native.cuda.kernels import attention
 from tests.cuda_gate.gate import Case
+from tests.helpers.attention_lab import STAGES
 
 PROMISED = ("HMMA", "LDSM", "LDGSTS")
 """Tensor cores, their operands by ldmatrix, and copies past the registers."""
@@ -29,4 +30,5 @@ CASES = [
     *(case for width in attention.FORWARD_WIDTHS for case in _cases("bf16", width)),
     _case("attention_dk_dv fp16 128", attention.dk_dv("fp16", 128)),
     Case("attention_statistics bf16", attention.statistics("bf16"), ("LDG.E.128",)),
+    *(Case(f"lab {stage.name}", stage, PROMISED if stage is STAGES[-1] else ()) for stage in STAGES),
 ]
