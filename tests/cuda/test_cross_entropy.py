@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -10,7 +13,7 @@ import torch
 from torch import Tensor
 
 import megalite_kernels as mk
-from megalite_kernels.native.cuda import emulated, runtime
+from megalite_kernels.native.cuda import emulated, emulated_build, runtime
 from megalite_kernels.native.cuda.kernels import cross_entropy as kernels
 from megalite_kernels.native.cuda.kernels import scaled_copy
 from megalite_kernels.ops.cross_entropy_local import cross_entropy_grad, cross_entropy_grad_
@@ -135,6 +138,32 @@ def test_loss_and_gradient_of_16_bits(
     WAYS[way].take(monkeypatch)
     logits = random(3, classes, scale=3).to(dtype)
     check_loss_and_grad(logits, ops.targets(3, classes), torch.tensor(0.3), OPTIONS[1])
+
+
+ERRING = """DEVICE float exp2_approx(float value) {
+  if (value == 0.0f) return 1.0f;
+  const float error = float(__float_as_uint(value) * 2654435761u >> 8) / 8388608.0f - 1.0f;
+  const float result = exp2f(value) * (1.0f + error * 2.4e-7f);
+  return value < -126.0f ? 0.0f : result;
+}"""
+"""2^value with a relative error of up to 2^-22, as the instruction's documentation allows; 2^0 is 1."""
+
+
+def test_an_exponential_as_wrong_as_the_instruction_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The emulator's is exact: with an error planted that GPUs may have, fp32 keeps within its bounds."""
+    shutil.copytree(emulated_build.csrc(), tmp_path / "csrc")
+    twin = tmp_path / "csrc" / "emulate" / "ptx_ampere.h"
+    exact = re.findall(r"^DEVICE float exp2_approx\(.*$", twin.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(exact) == 1
+    assert exact[0].rstrip().count("}") == 1  # a function of one line
+    twin.write_text(twin.read_text(encoding="utf-8").replace(exact[0], ERRING), encoding="utf-8")
+    with emulated_build.using_sources(tmp_path / "csrc"):
+        ops.test_a_large_vocabulary_sums_accurately("cuda")
+        test_accuracy(53, ops.OPTIONS[0], torch.float32)
+        WAYS["kept"].take(monkeypatch)
+        check_loss_and_grad(random(5, 53, scale=3), ops.targets(5, 53), torch.tensor(0.7), OPTIONS[0])
 
 
 @pytest.mark.parametrize("way", WAYS)
