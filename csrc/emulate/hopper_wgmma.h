@@ -147,18 +147,22 @@ inline bool take_accumulator(Fiber& lane, const Issue& issue, uint32_t number) {
   return true;
 }
 
-// What one warp knows must cover the rows of A that are its own, and all of B.
-inline bool check_warp_reads(const Fiber* warp, const Product& product, int number) {
-  Block& block = *warp->block;
-  const Clock& known = *product.known[number];
+// What each warp knows must cover the rows of A that are its own, and all of B.
+inline bool check_reads(Block& block, const Product& product) {
   bool good = true;
-  if (!product.registers) {
-    for_each_piece(Operand(product.a, product.transpose_a), WGMMA_M, number * 16, number * 16 + 16, [&](size_t offset) {
-      good = good && check_async_read("wgmma (A)", block, known, offset, 16, product.pc);
+  for (int i = 0; i < GROUP_WARPS && !product.registers; i++) {
+    for_each_piece(Operand(product.a, product.transpose_a), WGMMA_M, i * 16, i * 16 + 16, [&](size_t offset) {
+      good = good && check_async_read("wgmma (A)", block, *product.known[i], offset, 16, product.pc);
     });
   }
+  Clock* least = clocks.make();  // what all four know
+  for (size_t i = 0; i < least->at.size(); i++) {
+    least->at[i] =
+        std::min({product.known[0]->at[i], product.known[1]->at[i], product.known[2]->at[i], product.known[3]->at[i]});
+  }
+  const SharedClock known = hold(least);
   for_each_piece(Operand(product.b, product.transpose_b), product.n, 0, product.n, [&](size_t offset) {
-    good = good && check_async_read("wgmma (B)", block, known, offset, 16, product.pc);
+    good = good && check_async_read("wgmma (B)", block, *known, offset, 16, product.pc);
   });
   return good;
 }
@@ -177,9 +181,7 @@ inline void begin_product(Fiber* warp, WarpGroup& group, Product& product, uint3
   Clock* all = clocks.make();
   for (const SharedClock& one : product.known) merge(all, one.get());
   const SharedClock known = hold(all);
-  for (int i = 0; i < GROUP_WARPS; i++) {
-    if (!check_warp_reads(warp, product, i)) return;
-  }
+  if (!check_reads(*warp->block, product)) return;
   for_each_read(product,
                 [&](size_t offset) { begin_async_read(*warp->block, *known, agent, time, offset, 16, product.pc); });
   for (SharedClock& one : product.known) one = nullptr;
@@ -249,7 +251,7 @@ inline void read_registers(const Product& product, float* out) {
   }
 }
 
-inline void compute(const Block& block, const Product& product) {
+__attribute__((optimize("O3"))) inline void compute(const Block& block, const Product& product) {
   static float a[WGMMA_M * WGMMA_K], b[256 * WGMMA_K], across[WGMMA_K][256];
   if (product.registers) {
     read_registers(product, a);

@@ -7,6 +7,8 @@ fragments, images of shared memory and descriptors that CuTe's layouts describe 
 from __future__ import annotations
 
 import functools
+import hashlib
+import importlib.metadata
 import importlib.util
 import shutil
 import subprocess
@@ -17,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megalite_kernels.native.cuda import emulated_build
 from megalite_kernels.native.cuda.kernel import TensorMap, instance
 from megalite_kernels.native.cuda.runtime import launch
 
@@ -39,20 +42,35 @@ def headers() -> list[Path]:
     return folders if len(folders) > 1 and shutil.which("g++") else []
 
 
-pytestmark = pytest.mark.skipif(
-    not headers(),
-    reason="CuTe's layouts need g++ and the packages nvidia-cutlass, nvidia-cuda-runtime and -cccl",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not headers(),
+        reason="CuTe's layouts need g++ and the packages nvidia-cutlass, nvidia-cuda-runtime and -cccl",
+    ),
+    pytest.mark.timeout(600),  # CuTe's headers are long
+]
+
+
+def printed(folder: Path) -> str:
+    """What cute_layouts.cpp prints; kept beside the emulator's kernels, as CuTe takes g++ ten seconds."""
+    source = KERNELS / "cute_layouts.cpp"
+    version = importlib.metadata.version("nvidia-cutlass")
+    key = hashlib.sha256(f"{version}\n{source.read_text(encoding='utf-8')}".encode()).hexdigest()[:20]
+    kept = emulated_build._cache() / f"cute_layouts-{key}.txt"
+    if not kept.is_file():
+        program, includes = str(folder / "layouts"), [f"-I{path}" for path in headers()]
+        subprocess.run(["g++", "-std=c++17", "-O0", "-w", *includes, str(source), "-o", program], check=True)
+        output = subprocess.run([program], check=True, capture_output=True).stdout
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        (folder / kept.name).write_bytes(output)
+        shutil.move(folder / kept.name, kept)
+    return kept.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def cute(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
-    """CuTe's maps by name, as cute_layouts.cpp prints them."""
-    program = tmp_path_factory.mktemp("cute") / "layouts"
-    includes = [f"-I{folder}" for folder in headers()]
-    source = str(KERNELS / "cute_layouts.cpp")
-    subprocess.run(["g++", "-std=c++17", "-O0", "-w", *includes, source, "-o", str(program)], check=True)
-    lines = subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout.splitlines()
+    """CuTe's maps by name."""
+    lines = printed(tmp_path_factory.mktemp("cute")).splitlines()
     return {
         name: np.array([int(value) for value in values.split()], np.uint64).astype(np.int64)
         for name, values in (line.split(" ", 1) for line in lines)
