@@ -11,6 +11,9 @@ import pytest
 import torch
 
 import megalite_kernels as mk
+from megalite_kernels.cases.attention import CASES
+from megalite_kernels.cases.base import Case
+from megalite_kernels.cases.checking import check_case
 from megalite_kernels.native.cuda import attention as launchers
 from megalite_kernels.native.cuda import attention_shape, emulated
 from megalite_kernels.native.cuda.kernels import attention as kernels
@@ -67,6 +70,7 @@ def no_bank_conflicts() -> Iterator[None]:
         (48, 48, {"softcap": 1.5, "scale": 0.7}),
         (33, 48, {"scale": -0.3}),
         (33, 48, {"scale": 0.0}),
+        (33, 48, {"scale": 60.0}),
         (1, 1, {}),
         (1, 70, {}),
     ],
@@ -143,6 +147,27 @@ def test_wide_heads_forward() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_catalogue(case: Case, dtype: torch.dtype, small: None) -> None:
+    wrong = {
+        name: str(found) for name, found in check_case(case, dtype, backend="cuda").items() if not found.kept
+    }
+    assert not wrong
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_extreme_values(dtype: torch.dtype, small: None) -> None:
+    """Logits of ten thousands: one key takes all, nothing overflows."""
+    q, k, v = (random(1, 40, 1, 64, seed=i).to(dtype) for i in range(3))
+    huge = (q * 90, k * 90, v * 100)
+    got = ours(list(huge), [q, random(1, 1, 40)], None, {})
+    assert all(torch.isfinite(x).all() for x in got)
+    truth, lse = helpers.plain(*(x.double() for x in huge), None, None, {})
+    torch.testing.assert_close(got[0].double(), truth, rtol=0.01, atol=0.5)
+    torch.testing.assert_close(got[1].double(), lse, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sinks(dtype: torch.dtype, small: None) -> None:
     check((35, 35, 3, 1, 64), {"window": 12}, dtype=dtype, sinks=True)
     check((20, 3, 2, 2, 64), dtype=dtype, sinks=True, batch=2)
@@ -175,6 +200,17 @@ def test_max_seqlen_may_be_unknown(small: None) -> None:
 
 def test_documents_do_not_leak(small: None) -> None:
     helpers.do_not_leak("cuda", torch.bfloat16, 64)
+
+
+def test_raw_ops_pass_opcheck(small: None) -> None:
+    q, k = random(1, 18, 2, 64).bfloat16(), random(1, 18, 1, 64, seed=1).bfloat16()
+    options = (None, None, None, True, 0, 0, 0, 0.0, 0.125)
+    with mk.use_backend("cuda"):
+        out, lse = torch.ops.megalite.attention_fwd(q, k, k, *options)
+        torch.library.opcheck(torch.ops.megalite.attention_fwd.default, (q, k, k, *options))
+        torch.library.opcheck(
+            torch.ops.megalite.attention_bwd.default, (q, None, q, k, k, out, lse, *options)
+        )
 
 
 def test_two_runs_have_the_same_bits(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
