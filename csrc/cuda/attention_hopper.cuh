@@ -12,21 +12,15 @@
 //
 // Sources: Shah et al., "FlashAttention-3", 2024 (warp specialisation, ping-pong, overlap of softmax and products);
 // PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions" (fragments and descriptors).
+//
+// Defines: ELEMENT bf16 or fp16; DIM, features of a head, 64 or 128; CONSUMERS, 2 or 3; STAGES of the ring, 2 or more;
+// THREADS.
 #pragma once
 
 #include "attention_common.cuh"
 
-#ifndef ELEMENT
-#define ELEMENT bf16
-#endif
-#ifndef DIM
-#error "DIM, features of a head, is 64 or 128"
-#endif
-#ifndef CONSUMERS
-#define CONSUMERS 2
-#endif
-#ifndef STAGES
-#define STAGES 2
+#if !defined(ELEMENT) || !defined(DIM) || !defined(CONSUMERS) || !defined(STAGES) || !defined(THREADS)
+#error "the Hopper attention kernels need ELEMENT, DIM, CONSUMERS, STAGES and THREADS"
 #endif
 
 namespace hopper {

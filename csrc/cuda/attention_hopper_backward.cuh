@@ -21,17 +21,17 @@
 // Where keys are owned they belong to columns, and the producer warp puts them beside each pair; else to a thread's two
 // rows.
 //
-// Shared memory: two owned tiles [64 * CONSUMERS, DIM], STAGES pairs of [BLOCK_N, DIM], 8 * BLOCK_N bytes of statistics
-// for each stage, barriers: 130 KiB for 128 features (2 consumers, blocks of 64, 2 stages).
+// Shared memory: two owned tiles [64 * CONSUMERS, DIM], STAGES pairs of [BLOCK_N, DIM], for dk_dv 8 * BLOCK_N bytes of
+// statistics for each stage, barriers. As shipped, for 64 and 128 features: dk_dv 98 and 129 KiB, dq 128 and 160 KiB.
 //
 // Bytes: the owned tiles once, the ring's once per owned block, from L2 but for the first time in a section; results
 // once.
 //
-// Relies on: what attention_hopper_forward.cuh does; statistics are read as 8 bytes by four lanes next to one another
-// and the same by eight rows, free of bank conflicts. Source: Dao, "FlashAttention-2", 2023; see also
-// attention_hopper.cuh.
+// Relies on: what attention_hopper_forward.cuh does; statistics are read by four lanes, 16 bytes apart, and the same by
+// eight rows: no bank conflict. Not run on a GPU yet, and so not measured. Sources: Dao, "FlashAttention-2", 2023; see
+// also attention_hopper.cuh.
 //
-// Defines: as of attention_hopper.cuh, and BLOCK_N.
+// Defines: those of attention_hopper.cuh, and BLOCK_N, rows of a tile of the ring.
 
 #include "attention_hopper.cuh"
 

@@ -1,13 +1,14 @@
 // Attention forward for Hopper (sm_90a): TMA, wgmma, warp specialisation. out = softmax(scale Q K') V and lse.
 //
 // Grid: [blocks * heads * sequences] blocks of THREADS = 128 * (CONSUMERS + 1); a block owns 64 * CONSUMERS queries of
-// one head of one batch entry or packed document, a consumer warp group 64 of them, a warp 16, a thread half of the
-// columns' pairs of two rows each (see `round_operand`).
+// one head of one batch entry or packed document, a consumer warp group 64 of them, a warp 16, a thread a quarter of
+// the columns of two rows (see `round_operand`).
 //
 // Roles: one thread of the producer warp group asks TMA for Q, and then for the key blocks from the last to the first
 // into a ring of STAGES stages; K and V have barriers of their own, as V is needed later and freed later. A consumer
-// has S = Q K' of the next key block computed while it takes the softmax of the one before, and consumers take turns in
-// issuing products (ping-pong), so that one's exponentials fall under the other's products.
+// issues S = Q K' of one block together with O += P V of the block before, and takes the softmax of the former while
+// the latter runs; consumers take turns in issuing (ping-pong), so that one's exponentials fall under the other's
+// products too. Blocks that every row of a warp group sees whole are not masked.
 //
 // Shared memory: Q [64 * CONSUMERS, DIM], STAGES of K and of V [BLOCK_N, DIM], then barriers: 160 KiB for 128 features
 // (2 consumers, blocks of 128, 2 stages) and 152 KiB for 64 (3, 128, 4). The output leaves through Q's place.
@@ -18,13 +19,15 @@
 // Relies on: strides of q, k, v of 16-byte multiples (TMA), tiles on multiples of 1,024 bytes, and the 128-byte
 // swizzle, with which products, stmatrix and the copy of the output are free of bank conflicts.
 //
-// Not here: soft-cap, sinks, other head dims and fp32 (attention_forward.cuh has them). Sources: see
-// attention_hopper.cuh.
+// Not here: soft-cap, sinks, other head dims and fp32 (attention_forward.cuh has them, and Blackwell takes that too).
+// Not run on a GPU yet, and so not measured. Sources: see attention_hopper.cuh.
+//
+// Defines: those of attention_hopper.cuh, and BLOCK_N, keys of a tile.
 
 #include "attention_hopper.cuh"
 
 #ifndef BLOCK_N
-#define BLOCK_N 128
+#error "BLOCK_N is the keys of a tile: 64 or 128"
 #endif
 
 namespace hopper {
