@@ -83,17 +83,20 @@ def linear_cross_entropy(
     valid = shard_of(0, valid_rows, None, weight.shape[0], "rows of weight").valid_rows
     _check_gradients(main_grad, main_grad_add, grad_scale, weight, reduction)
     flat, flat_target = x.reshape(-1, x.shape[-1]), target.reshape(-1)
-    wide = wide_dtype(x)
-    one = torch.ones((), dtype=wide, device=x.device)
-    scale = mean_scale(flat_target, ignore_index, wide) if reduction == "mean" else one
+    scale = _reduction_scale(flat_target, ignore_index, reduction, wide_dtype(x))
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if needs_grad and reduction != "none":
-        scales = (scale, grad_scale)
-        return _ReducedLoss.apply(
-            flat, weight, bias, flat_target, *scales, main_grad, main_grad_add, valid, *options
-        )
+        sums = (scale, grad_scale, main_grad, main_grad_add)
+        return _ReducedLoss.apply(flat, weight, bias, flat_target, *sums, valid, *options)
     loss = _TokenLosses.apply(flat, weight, bias, flat_target, main_grad, valid, *options)
     return loss.view(target.shape) if reduction == "none" else loss.sum() * scale
+
+
+def _reduction_scale(target: Tensor, ignore_index: int, reduction: str, wide: torch.dtype) -> Tensor:
+    """What the sum of the losses is multiplied by."""
+    if reduction == "mean":
+        return mean_scale(target, ignore_index, wide)
+    return torch.ones((), dtype=wide, device=target.device)
 
 
 def _check_gradients(
