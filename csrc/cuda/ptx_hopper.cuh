@@ -10,9 +10,9 @@
 // Order of a TMA load: mbarrier_init, fence_mbarrier_init, a block barrier; then one thread calls
 // mbarrier_arrive_expect(bytes) and tma_load; readers mbarrier_wait(parity). A barrier begins in phase 0: wait(0) ends
 // with the first completion, wait(1) on a fresh barrier returns at once (a producer that finds the buffer empty).
-// Order of a product: wgmma_fence, wgmma..., wgmma_commit, wgmma_wait<0>, then the accumulators may be touched.
-// Operands that threads wrote with ordinary stores need fence_async_shared() by the writers before the barrier that
-// hands them over; what TMA wrote does not.
+// Order of a product: wgmma_fence, wgmma..., wgmma_commit, wgmma_wait<0>, wgmma_pin; then the accumulators may be
+// touched. Operands that threads wrote with ordinary stores need fence_async_shared() by the writers before the barrier
+// that hands them over; what TMA wrote does not.
 #pragma once
 
 #include "descriptor.cuh"
