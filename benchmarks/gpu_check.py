@@ -99,6 +99,8 @@ def steps(part: str, device: str, out: Path) -> Iterator[Step]:
             command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/ops/{file.name}"]
             yield Step(part, file.stem, command, 240, {"MEGALITE_TEST_DEVICE": device})
     elif part == "cuda":
+        loader = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/cuda_loader/test_on_gpu.py"]
+        yield Step(part, "loader", loader, 120)
         contracts = [python, "-m", "benchmarks.cuda_check", "--device", device]
         yield Step(
             part, "contracts", contracts, 280, {"MEGALITE_CUDA_EMULATE": "80"} if device == "cpu" else {}

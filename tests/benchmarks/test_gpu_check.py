@@ -79,8 +79,9 @@ def test_the_catalogue_and_the_doctor_are_told_the_device(tmp_path: Path) -> Non
 def test_cuda_kernels_are_proven_before_they_are_timed(tmp_path: Path) -> None:
     order = list(gpu_check.PARTS)
     assert order.index("cuda") < order.index("sanitizer") < order.index("bench")
-    contracts, *catalogue = gpu_check.steps("cuda", "cuda", tmp_path)
+    loader, contracts, *catalogue = gpu_check.steps("cuda", "cuda", tmp_path)
     assert contracts.command[1:] == ["-m", "benchmarks.cuda_check", "--device", "cuda"]
+    assert (ROOT / loader.command[-1]).is_file()
     for step in catalogue:
         assert step.environment == {"MEGALITE_TEST_DEVICE": "cuda", "MEGALITE_TEST_KERNELS": "cuda"}
         assert (ROOT / step.command[-1]).is_file()
