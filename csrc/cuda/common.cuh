@@ -105,11 +105,20 @@ DEVICE Vector<float, Count> to_float(const Vector<T, Count>& vector) {
   return result;
 }
 
+// By pairs where it can: one instruction rounds two elements into a register.
 template <class T, int Count>
 DEVICE Vector<T, Count> from_float(const Vector<float, Count>& vector) {
   Vector<T, Count> result;
+  if constexpr (sizeof(T) == 2 && Count % 2 == 0) {
 #pragma unroll
-  for (int i = 0; i < Count; i++) result[i] = from_float<T>(vector[i]);
+    for (int i = 0; i < Count; i += 2) {
+      const uint32_t pair = ptx::pack2<T>(vector[i], vector[i + 1]);
+      result[i] = T{uint16_t(pair)}, result[i + 1] = T{uint16_t(pair >> 16)};
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < Count; i++) result[i] = from_float<T>(vector[i]);
+  }
   return result;
 }
 

@@ -13,6 +13,12 @@ collect_ignore_glob = [] if EMULATED else ["test_*.py"]
 
 
 @pytest.fixture(autouse=True)
+def _emulated() -> None:
+    if not EMULATED:  # a file of tests that is named on the command line is collected all the same
+        pytest.skip("MEGALITE_CUDA_EMULATE is not set: see `make test-cuda`")
+
+
+@pytest.fixture(autouse=True)
 def _outputs_start_as_nan() -> Iterator[None]:
     """What `torch.empty` gives is NaN here: an element that a kernel forgets is then wrong, and not old memory."""
     before = torch.are_deterministic_algorithms_enabled()

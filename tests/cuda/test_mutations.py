@@ -2,11 +2,12 @@
 
 Every `mutations_<op>.py` beside this file has a list `MUTATIONS` of (file of csrc/cuda, text that is there once, what
 takes its place, what must fail: the id of a test, or a function that raises). A mutant that does not compile, or hangs,
-counts as not caught.
+counts as not caught; and a test that fails without the error planted proves nothing.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import io
 import multiprocessing
@@ -23,7 +24,7 @@ from megalite_kernels.native.cuda import emulated_build
 Mutation = tuple[str, str, str, "str | Callable[[], None]"]
 
 ROOT = Path(__file__).parents[2]
-TIME_LIMIT_S = 100
+TIME_LIMIT_S = 300
 CAUGHT, SURVIVED, NO_COMPILE, NO_TEST = 0, 10, 11, 12
 WHAT = {
     SURVIVED: "survived: what should have failed passed",
@@ -85,10 +86,18 @@ def _judge(must_fail: str | Callable[[], None], sources: Path, log: Path) -> Non
 
 def outcome(mutation: Mutation, folder: Path) -> tuple[int | None, str]:
     """What became of a mutant, and what the test printed."""
-    log = folder / "log.txt"
     folder.mkdir(exist_ok=True)
-    sources = plant(mutation, folder / "csrc")
-    process = multiprocessing.get_context("fork").Process(target=_judge, args=(mutation[3], sources, log))
+    return _run_judge(mutation[3], plant(mutation, folder / "csrc"), folder / "log.txt")
+
+
+@functools.cache
+def without_mutation(must_fail: str | Callable[[], None], log: Path) -> tuple[int | None, str]:
+    """The same test of the sources as they are."""
+    return _run_judge(must_fail, ROOT / "csrc", log)
+
+
+def _run_judge(must_fail: str | Callable[[], None], sources: Path, log: Path) -> tuple[int | None, str]:
+    process = multiprocessing.get_context("fork").Process(target=_judge, args=(must_fail, sources, log))
     process.start()
     process.join(TIME_LIMIT_S)
     if process.is_alive():
@@ -98,10 +107,17 @@ def outcome(mutation: Mutation, folder: Path) -> tuple[int | None, str]:
     return process.exitcode, log.read_text(encoding="utf-8")
 
 
+@pytest.mark.timeout(2 * TIME_LIMIT_S + 60)
 @pytest.mark.parametrize("mutation", _mutations())
-def test_mutant_is_caught(mutation: Mutation, tmp_path: Path) -> None:
+def test_mutant_is_caught(
+    mutation: Mutation, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    file, old, new, must_fail = mutation
+    code, printed = without_mutation(must_fail, tmp_path_factory.getbasetemp() / "unplanted.txt")
+    assert code == SURVIVED, (
+        f"{must_fail} fails, or is not there, without an error planted\n{printed[-3000:]}"
+    )
     code, printed = outcome(mutation, tmp_path)
-    file, old, new, _ = mutation
     why = WHAT.get(code, f"ended the process with {code}")
     assert code == CAUGHT, f"{file}: {old!r} -> {new!r} {why}\n{printed[-3000:]}"
 
