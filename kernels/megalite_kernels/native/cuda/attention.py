@@ -1,4 +1,8 @@
-"""Attention on the CUDA kernels: which instance, which grid, and the wgmma kernels where they take the call."""
+"""Attention on the CUDA kernels: which instance, which grid, and the wgmma kernels where they take the call.
+
+Blackwell's tensor cores have instructions of their own (tcgen05), which nothing here uses. mma.sync runs there too, but
+Triton's kernels use them, and come first in `backend.PREFERENCE`.
+"""
 
 from __future__ import annotations
 
