@@ -39,7 +39,6 @@ constexpr int COPY_STAGES = 4;
 
 // What the loss asks for beside the logits.
 struct Options {
-  int64_t ignore_index;
   float smoothing, z_loss, softcap;
 
   // Whether a logit is more than its value: the loops without cap and smoothing are compiled apart.
@@ -245,7 +244,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                           int64_t stride, int64_t rows, int64_t cols, int64_t vocab_start, int64_t ignore_index,
                           float smoothing, float z_loss, float softcap) {
   SHARED_MEMORY(memory);
-  const Options options = {ignore_index, smoothing, z_loss, softcap};
+  const Options options = {smoothing, z_loss, softcap};
   const int64_t row = blockIdx.x;
   const ELEMENT* x = logits + row * stride;
   const Span span = Span::of(x, x, int(cols));
@@ -274,7 +273,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                        float smoothing, float z_loss, float softcap) {
   SHARED_MEMORY(memory);
   Sums* scratch = reinterpret_cast<Sums*>(memory + kept_bytes);
-  const Options options = {ignore_index, smoothing, z_loss, softcap};
+  const Options options = {smoothing, z_loss, softcap};
 #if CLUSTERED
   const int block = ptx::cluster_rank(), blocks = ptx::cluster_size();
 #else
@@ -285,9 +284,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const Span span = Span::of(x, x, int(cols), block == 0);
   const Part part = Part::of(memory, span, block, blocks);
   Sums sums = Sums::none();
-  if (KEEP) {
-    part.copy(x + span.lead);
-  }
+  if (KEEP) part.copy(x + span.lead);
   // Before any barrier, so before any thread writes a gradient over it.
   const Target t = Target::of(target[row], 0, int(cols), ignore_index);
   const float at_target = t.score(x, softcap);
@@ -329,7 +326,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                            const float* scale, int64_t stride, int64_t out_stride, int64_t cols, int64_t width,
                            int64_t vocab_start, int64_t vocabulary, int64_t scale_stride, int64_t ignore_index,
                            float smoothing, float z_loss, float softcap) {
-  const Options options = {ignore_index, smoothing, z_loss, softcap};
+  const Options options = {smoothing, z_loss, softcap};
   const int64_t row = blockIdx.x;
   const ELEMENT* x = logits + row * stride;
   ELEMENT* dx = out + row * out_stride;
