@@ -22,7 +22,6 @@ struct AttentionBackward {
   AttentionShape shape;
 };
 
-
 inline int64_t longest_keys(const AttentionShape& shape) {
   int64_t longest = 0;
   for (int64_t i = 0; i < shape.num_segments; ++i) longest = std::max(longest, shape.segments[i].k_len);
