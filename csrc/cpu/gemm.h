@@ -11,7 +11,8 @@ struct Product {
   int64_t out_stride;
   bool add;
   int64_t rows, cols, inner;
-  bool direct;  // the left factor's own rows are rows of words
+  bool direct;               // the left factor's own rows are rows of words
+  bool past_caches = false;  // out is stored without being read into them
 };
 
 struct Span {
