@@ -37,6 +37,18 @@ def test_gradients_are_added_into_the_accumulator(dtype: torch.dtype, backend: s
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [0, 37])
+def test_weight_gradient_overwrites(tokens: int, dtype: torch.dtype, backend: str) -> None:
+    dy, x = random(tokens, 40).to(dtype), random(tokens, 24).to(dtype)
+    expected, got = torch.zeros(40, 24), torch.full((40, 24), torch.nan)
+    with mk.use_backend(backend):
+        torch.ops.megalite.linear_weight_grad_(dy, x, expected)
+        torch.ops.megalite.linear_weight_grad_(dy, x, got, False)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("tokens", "out", "features"), [(1, 1, 1), (7, 13, 5), (64, 64, 64), (2055, 30, 49), (33, 530, 100)]
 )

@@ -95,3 +95,23 @@ def test_torchs_own_product_gets_the_accumulator_itself(monkeypatch: pytest.Monk
     assert right is x
     kernels.accumulate_(dy.float(), x.float(), main_grad)
     torch.testing.assert_close(main_grad, dy.float().t() @ x.float())
+    kernels.accumulate_(dy.float(), x.float(), main_grad.fill_(torch.nan), False)
+    torch.testing.assert_close(main_grad, dy.float().t() @ x.float())
+
+
+def test_torchs_own_product_overwrites_the_accumulator(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(kernels, "library_accumulates", lambda *args: True)
+    monkeypatch.setattr(torch, "mm", lambda *args, **options: calls.append((args, options)))
+    dy, x, main_grad = random(9, 5).bfloat16(), random(9, 6).bfloat16(), torch.zeros(5, 6)
+    kernels.accumulate_(dy, x, main_grad, False)
+    (((left, right), options),) = calls
+    assert options == {"out": main_grad, "out_dtype": torch.float32}
+    assert torch.equal(left, dy.t())
+    assert right is x
+
+
+def test_the_kernel_overwrites_what_is_not_added_to() -> None:
+    dy, x, main_grad = random(9, 5), random(9, 6), torch.full((5, 6), torch.nan)
+    kernels.accumulate_(dy, x, main_grad, False)
+    torch.testing.assert_close(main_grad, dy.t() @ x)

@@ -81,7 +81,7 @@ def accumulate_(dy: Tensor, x: Tensor, main_grad: Tensor, add: bool = True) -> N
     if not library_accumulates(dy.device.type, dy.dtype):
         accumulate_by_kernel_(dy, x, main_grad if add else main_grad.zero_())
     elif dy.dtype == torch.float32:
-        torch.addmm(main_grad, dy.t(), x, beta=float(add), out=main_grad)
+        main_grad.addmm_(dy.t(), x, beta=float(add))  # 0 * NaN is 0 there
     elif add:
         torch.addmm(main_grad, dy.t(), x, out_dtype=torch.float32, out=main_grad)
     else:
