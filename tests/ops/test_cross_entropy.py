@@ -254,17 +254,17 @@ def test_the_main_gradient_may_be_overwritten(
     """Rows that are padding, too, and with no tokens at all."""
     small_chunks(monkeypatch)
     x, weight = random(tokens, 16).requires_grad_(), random(56, 16, seed=1).requires_grad_()
-    one = torch.ones(())
+    target, one = targets(41, 50)[:tokens], torch.ones(())
     added, overwritten = torch.zeros(56, 16), torch.full((56, 16), torch.nan)
     with mk.use_backend(backend):
         for main_grad, add in ((added, True), (overwritten, False)):
             mk.linear_cross_entropy(
-                x, weight, targets(tokens, 50), reduction="sum", valid_rows=50,
+                x, weight, target, reduction="sum", valid_rows=50,
                 main_grad=main_grad, main_grad_add=add, grad_scale=one,
             )  # fmt: skip
     torch.testing.assert_close(overwritten, added)
     with pytest.raises(ValueError, match="main_grad_add=False needs main_grad and grad_scale: pass both"):
-        mk.linear_cross_entropy(x, weight, targets(tokens, 50), main_grad=added, main_grad_add=False)
+        mk.linear_cross_entropy(x, weight, target, main_grad=added, main_grad_add=False)
 
 
 def test_another_gradient_than_the_one_known_beforehand_is_refused() -> None:
