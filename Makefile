@@ -53,8 +53,12 @@ test-triton: ## interpret the Triton kernels on the CPU, and compile them for th
 .PHONY: test-cuda
 test-cuda: ## emulate the CUDA kernels on the CPU, and compile them for the GPUs of the gate
 	@scripts/bootstrap.sh test triton cuda
-	@MEGALITE_CUDA_EMULATE=80 $(PYTEST) tests/cuda $(ARGS)
-	@$(PYTEST) tests/cuda_gate tests/cuda_loader $(ARGS)
+	@MEGALITE_CUDA_EMULATE=80 $(PYTEST) -m "not slow" tests/cuda $(ARGS)
+	@$(PYTEST) -m "not slow" tests/cuda_gate tests/cuda_loader $(ARGS)
+
+.PHONY: test-cuda-all
+test-cuda-all: ## the same with every planted error and every instance
+	@$(MAKE) test-cuda ARGS='-m "slow or not slow" $(ARGS)'
 
 .PHONY: test-slow
 test-slow: ## run the slow tests too

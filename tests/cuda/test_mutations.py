@@ -2,7 +2,8 @@
 
 Every `mutations_<op>.py` beside this file has a list `MUTATIONS` of (file of csrc/cuda, text that is there once, what
 takes its place, what must fail: the id of a test, or a function that raises). A mutant that does not compile, or hangs,
-counts as not caught; and a test that fails without the error planted proves nothing.
+counts as not caught; and a test that fails without the error planted proves nothing. `make test-cuda` takes the first
+`QUICK` of each file, `make test-cuda-all` all of them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ Mutation = tuple[str, str, str, "str | Callable[[], None]"]
 
 ROOT = Path(__file__).parents[2]
 TIME_LIMIT_S = 300
+QUICK = 6
 CAUGHT, SURVIVED, NO_COMPILE, NO_TEST = 0, 10, 11, 12
 WHAT = {
     SURVIVED: "survived: what should have failed passed",
@@ -39,7 +41,9 @@ def _mutations() -> list[pytest.param]:  # type: ignore[valid-type]
     for path in sorted(Path(__file__).parent.glob("mutations_*.py")):
         module = importlib.import_module(f"tests.cuda.{path.stem}")
         op = path.stem.removeprefix("mutations_")
-        found += [pytest.param(one, id=f"{op}-{number}") for number, one in enumerate(module.MUTATIONS)]
+        for number, one in enumerate(module.MUTATIONS):
+            marks = [] if number < QUICK else [pytest.mark.slow]
+            found.append(pytest.param(one, id=f"{op}-{number}", marks=marks))
     return found
 
 
