@@ -26,9 +26,9 @@ from megalite.parallel.collectives import all_reduce_sum
 from megalite.parallel.gathering import WeightGatherer
 from megalite.parallel.gradients import GradientSink, set_sink
 from megalite.parallel.mesh import ALONE, Mesh
-from megalite.parallel.partial import box_copies, sum_partial
+from megalite.parallel.partial import box_copies, box_norms, sum_partial
 from megalite.parallel.pieces import Box
-from megalite.parallel.reduction import GradientReducer
+from megalite.parallel.reduction import GradientReducer, is_finite
 from megalite.parallel.state import Kind, OptimizerShard
 
 
@@ -114,8 +114,10 @@ class FlatBuffers:
             all_reduce_sum(gradient, self.mesh.tied)
 
     def local_finite(self) -> Tensor:
-        """See `ModelState`; of the step whose gradients were finished last, with several processes."""
-        return self.reducer.local_finite()
+        """See `ModelState`; of the step whose gradients were finished last."""
+        if self.reducer.watch:
+            return self.reducer.local_finite()
+        return is_finite(box_norms(self.boxes("main_grad"), self.mesh.device)).all()
 
     def optimizer_shards(self) -> list[OptimizerShard]:
         """See `ModelState`: one for each rule of weight decay, or for each slice where ranks divide the state."""

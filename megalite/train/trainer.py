@@ -178,7 +178,7 @@ class Trainer:
         own loss or gradients are not finite (after the reduction everybody's would be).
         """
         report = torch.zeros(2 + self.mesh.world_size, dtype=torch.float64, device=self.mesh.device)
-        # One process sees its own gradients in their norms.
+        # One process has seen its gradients when it took their norms.
         gradients = is_finite(norms).all() if self.mesh.world_size == 1 else self.state.local_finite()
         finite = is_finite(loss_sum) & gradients
         report[0] = loss_sum if self.mesh.tp.rank == 0 else 0.0  # tensor-parallel ranks score the same labels
