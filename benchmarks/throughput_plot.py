@@ -59,7 +59,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
         panel.axis("off")
     last = max(records, key=lambda record: str(record["time"]))
     facts = f"{machine_of(last)} · torch {last['versions']['torch']} · commit {last['commit']} · {last['time'][:10]}"
-    figure.suptitle(f"Training throughput, whole steps\n{facts}", fontsize=10, color="#444444")
+    figure.suptitle(f"Training throughput, whole steps\n{facts}", fontsize=9, color="#444444")
     colours = {
         "megalite (× the best other)": OURS_COLOUR,
         "others, torch.compile": COMPILED_COLOUR,
