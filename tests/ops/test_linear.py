@@ -123,6 +123,22 @@ def test_products_are_as_accurate_as_torchs(rows: int, cols: int, inner: int, dt
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1024, 1031])
+def test_large_products_are_as_accurate_as_torchs(rows: int, dtype: torch.dtype) -> None:
+    """Results of more than 1 MB whose rows are whole cache lines; left factors that are read where they stand."""
+    from megalite_kernels.native.linear import multiply_
+
+    cols, inner = 544, 64
+    bias = random(cols, seed=2).to(dtype)
+    for left, right in sides(rows, cols, inner, dtype):
+        out = torch.full((rows, cols), 7.0, dtype=dtype)
+        multiply_(out, left, right, bias=bias)
+        truth = bias.double() + left.double() @ right.double()
+        assert_as_accurate(out, torch.addmm(bias, left, right), truth, floor=4)  # one chain of float sums
+
+
+@needs_native
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_products_have_the_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
     from megalite_kernels.native.linear import multiply_
