@@ -168,8 +168,8 @@ void adamw(DType dtype, void* params, float* master, float* exp_avg, float* exp_
 void adamw_stochastic(void* params, float* exp_avg, float* exp_avg_sq, const float* grads, int64_t size,
                       AdamWOptions options, uint32_t key, int threads);
 
-// In double, in an order that depends on size alone.
-double sum_of_squares(DType dtype, const void* x, int64_t size, int threads);
+// sums [count] of the squares of each of `count` tensors, in double, each in an order that depends on its size alone.
+void sums_of_squares(DType dtype, const void* const* x, const int64_t* sizes, int64_t count, double* sums, int threads);
 
 // The kernels' own exponential and tanh, for tests of their error.
 void vector_exp(const float* x, float* y, int64_t size);

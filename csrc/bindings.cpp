@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <tuple>
+#include <vector>
 
 #include "api.h"
 
@@ -278,9 +279,11 @@ void bind_optimizer(py::module_& m) {
       },
       Release());
   m.def(
-      "sum_of_squares",
-      [](int dtype, Address x, int64_t size, int threads) {
-        return megalite::sum_of_squares(DType(dtype), at(x), size, threads);
+      "sums_of_squares",
+      [](int dtype, const std::vector<Address>& x, const std::vector<int64_t>& sizes, Address sums, int threads) {
+        std::vector<const void*> data;
+        for (const Address address : x) data.push_back(at(address));
+        megalite::sums_of_squares(DType(dtype), data.data(), sizes.data(), sizes.size(), at<double>(sums), threads);
       },
       Release());
 }

@@ -135,6 +135,7 @@ TABLE: dict[str, Op] = {
     "megalite.adamw_": Op(OPTIMIZER),
     "megalite.adamw_stochastic_": Op(OPTIMIZER),
     "megalite.grad_norm": Op(OPTIMIZER),
+    "megalite.grad_norms": Op(OPTIMIZER),
     # One pass over memory each.
     **dict.fromkeys(
         (

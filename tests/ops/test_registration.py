@@ -81,6 +81,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
         0.1, torch.tensor(1), torch.tensor(1.0), torch.tensor(False), torch.tensor(5),
     ),
     "grad_norm": ([X.flatten(), WEIGHT],),
+    "grad_norms": ([X, WEIGHT],),
 }  # fmt: skip
 
 
