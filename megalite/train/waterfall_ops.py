@@ -144,7 +144,8 @@ TABLE: dict[str, Op] = {
                 "embedding_bwd", "embedding_bwd_", "layer_norm_fwd", "layer_norm_residual_fwd", "layer_norm_bwd",
                 "rms_norm_fwd", "rms_norm_residual_fwd", "rms_norm_bwd", "rope_fwd", "rope_", "rope_norm_fwd",
                 "rope_norm_bwd", "fp8_cast", "fp8_cast_transposed", "fp8_quantize_columns", "fp8_quantize_rows",
-                "fp8_tensor_scale",
+                "fp8_tensor_scale", "fp8_rms_norm_fwd", "fp8_rms_norm_residual_fwd", "fp8_layer_norm_fwd",
+                "fp8_layer_norm_residual_fwd", "fp8_activation_fwd", "fp8_glu_fwd",
             )),
             *("fsdp." + name for name in ("all_gather_copy_in", "chunk_cat", "split_with_sizes_copy")),
             *("aten." + name for name in (
