@@ -16,6 +16,7 @@ from megalite.layers.recompute import made_again, run_marked
 from megalite.parallel.context import ContextSplit, context_attention
 from megalite.parallel.pieces import Init, Piece, whole
 from megalite.parallel.tensor import UNSPLIT, Shard, TensorSplit
+from megalite_kernels.ops.quantized import Operand
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,7 @@ class Attention(nn.Module):
             self.k_norm = HeadNorm(head_dim, qk_norm_eps, **factory)
 
     def forward(
-        self, x: Tensor, context: Context, cache: LayerCache | None = None, again: bool = False
+        self, x: Operand, context: Context, cache: LayerCache | None = None, again: bool = False
     ) -> Tensor:
         """[B, S, H] → [B, S, H], or packed [T, H] → [T, H] (of this rank's tokens with `split.sequence`).
 

@@ -20,13 +20,14 @@ from torch import Tensor
 from megalite.config import ModelConfig, ParallelConfig, RecomputeConfig
 from megalite.data.loader import MicroBatch
 from megalite.layers.cache import LayerCache
-from megalite.layers.linear import use_fp8
+from megalite.layers.linear import keep_fp8_copies, use_fp8
 from megalite.models.blocks import ModelPart
 from megalite.models.compiled import compile_blocks
 from megalite.models.stage import Stage
 from megalite.models.transformer import Transformer
 from megalite.parallel.collectives import broadcast
 from megalite.parallel.context import ContextSplit
+from megalite.parallel.fp8_weights import quantized_once
 from megalite.parallel.make_state import make_state
 from megalite.parallel.mesh import Mesh
 from megalite.parallel.partial import box_norms, total_norm
@@ -88,8 +89,12 @@ class Replica:
             and pipeline axes every label counts once.
         """
         self.state.start_step(len(batches))
-        if self.pipeline is not None:
-            return self._pipeline_gradients(self.pipeline, batches, scale, mark)
+        with quantized_once(self.model, len(batches)):
+            if self.pipeline is not None:
+                return self._pipeline_gradients(self.pipeline, batches, scale, mark)
+            return self._gradients(batches, scale, mark)
+
+    def _gradients(self, batches: Sequence[MicroBatch], scale: Tensor, mark: Callable[[str], None]) -> Tensor:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for batch in batches:
             tokens, labels, where = self._inputs(batch)
@@ -218,6 +223,7 @@ def build_replica(
     num_microbatches: int = 0,
     compile_backend: str = "",
     fp8: Scaling | None = None,
+    fp8_copies: bool = True,
 ) -> Replica:
     """Make this process's part of the model and its state.
 
@@ -233,6 +239,8 @@ def build_replica(
             0: as many as the pipeline has stages.
         compile_backend: of `torch.compile`, for the blocks; empty compiles nothing.
         fp8: multiply in FP8 in the blocks, with this scaling.
+        fp8_copies: quantise weights once a step where several micro-batches use them; never with ZeRO-3, which keeps
+            no whole weights either.
     """
     plan = plan_stages(config, parallel, seq_length or micro_batch_tokens)
     own = plan.stages_of(mesh.pp.rank)
@@ -260,4 +268,6 @@ def build_replica(
     fill(model)
     use_fp8(model, fp8)
     state = make_state(model, mesh, dtype, parallel)
+    if fp8_copies and (parallel.zero != 3 or mesh.data.size == 1):
+        keep_fp8_copies(model)
     return Replica(model, state, mesh, parallel, plan, micro_batch_tokens=micro_batch_tokens, dtype=dtype)

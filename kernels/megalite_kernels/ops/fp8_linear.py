@@ -112,6 +112,11 @@ def quantized_rows(x: Operand, scaling: Scaling) -> Quantized | None:
     return x.data, x.scale
 
 
+def pair(data: Tensor | None, scale: Tensor | None) -> Quantized | None:
+    """Both or nothing, as they came through an `autograd.Function`."""
+    return None if data is None or scale is None else (data, scale)
+
+
 def quantize(x: Tensor, scaling: Scaling, dtype: torch.dtype = E4M3) -> Quantized:
     """Data [R, C] and scale, [R] or [], of an operand x [R, C] that a product sums over C."""
     if scaling == "rowwise":
@@ -173,26 +178,22 @@ class _Fp8Linear(torch.autograd.Function):
         *copies: Tensor | None,
     ) -> Tensor:
         """`copies`: data and scale of x, of the weight's rows and of its columns, each pair there or None."""
-        quantized, rows, columns = copies[:2], copies[2:4], copies[4:]
-        if quantized[0] is None:
-            quantized = quantize(x.reshape(-1, x.shape[-1]), scaling)
-        if rows[0] is None:
-            rows = quantize(weight, scaling)
+        quantized = pair(copies[0], copies[1]) or quantize(x.reshape(-1, x.shape[-1]), scaling)
+        rows = pair(copies[2], copies[3]) or quantize(weight, scaling)
         out = forward_product(quantized, rows, bias, weight.dtype)
         scales = (quantized[1], rows[1]) if scaling == "tensorwise" else (None, None)
-        ctx.save_for_backward(x, weight, *scales, *columns)
+        ctx.save_for_backward(x, weight, *scales, *copies[4:])
         ctx.main_grad, ctx.has_bias, ctx.scaling = main_grad, bias is not None, scaling
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, x_scale, weight_scale, *columns = ctx.saved_tensors
+        x, weight, x_scale, weight_scale, *copy = ctx.saved_tensors
         flat, scaling = dy.reshape(-1, dy.shape[-1]).contiguous(), ctx.scaling
         quantized = quantize_gradient(flat, scaling)
         dx = dweight = None
         if ctx.needs_input_grad[0]:
-            if columns[0] is None:
-                columns = weight_columns(weight, weight_scale, scaling)
+            columns = pair(*copy) or weight_columns(weight, weight_scale, scaling)
             dx = input_gradient(quantized, columns, weight.dtype).view(x.shape)
         if ctx.needs_input_grad[1]:
             accumulate = weight_gradient(flat, quantized[1], x.reshape(-1, x.shape[-1]), x_scale, scaling)

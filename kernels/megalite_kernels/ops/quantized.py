@@ -21,6 +21,16 @@ class QuantizedTensor(NamedTuple):
 Operand = Tensor | QuantizedTensor
 
 
+def tensors_of(x: Operand) -> tuple[Tensor, ...]:
+    """All that x is made of; `from_tensors` puts it together again."""
+    return tuple(x) if isinstance(x, QuantizedTensor) else (x,)
+
+
+def from_tensors(*parts: Tensor) -> Operand:
+    """What `tensors_of` took apart."""
+    return QuantizedTensor(*parts) if len(parts) == 3 else parts[0]
+
+
 def value_of(x: Operand) -> Tensor:
     """The tensor itself, quantised or not."""
     return x.value if isinstance(x, QuantizedTensor) else x

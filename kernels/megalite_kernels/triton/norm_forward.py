@@ -61,8 +61,8 @@ def row_forward_kernel(
 
     Grid [cdiv(rows, BLOCK_T)]; a program owns BLOCK_T whole rows. Bytes per element, e being its size: x read,
     y written, 2e; with a residual it is read and the sum written, 4e; and 4 (LayerNorm 8) per row. With `data_ptr` y
-    is also written in FP8, 1, and 4 a row for its scale. The weight comes from the second-level cache. The variance is taken around the mean, in registers, so a large mean costs no
-    digits. fp32 throughout.
+    is also written in FP8, 1, and 4 a row for its scale. The weight comes from the second-level cache. The variance is
+    taken around the mean, in registers, so a large mean costs no digits. fp32 throughout.
     """
     first = tl.program_id(0).to(tl.int64) * BLOCK_T
     local_row = tl.arange(0, BLOCK_T)
@@ -109,8 +109,9 @@ def loop_forward_kernel(
     """Norm of rows longer than registers hold, BLOCK_H columns per turn.
 
     Grid [rows] (BLOCK_T is 1); a program owns a row. From memory the same bytes as `row_forward_kernel`: the second
-    read, for y, and that of y, for FP8, come from the second-level cache. Every lane keeps Welford's running mean and sum of squares of its
-    own columns, merged at the end: one turn, no reduction inside, and no cancellation with a large mean. fp32.
+    read, for y, and that of y, for FP8, come from the second-level cache. Every lane keeps Welford's running mean and
+    sum of squares of its own columns, merged at the end: one turn, no reduction inside, and no cancellation with a
+    large mean. fp32.
     """
     tl.static_assert(BLOCK_T == 1)
     row = tl.program_id(0).to(tl.int64)
