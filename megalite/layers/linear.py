@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megalite.parallel.fp8 import fp8_column_linear, fp8_row_linear
-from megalite.parallel.fp8_weights import keep_copies
+from megalite.parallel.fp8_weights import WeightCopies, keep_copies
 from megalite.parallel.pieces import Init, Piece, TensorParallel
 from megalite.parallel.tensor import Shard, TensorSplit, column_linear, row_linear
 from megalite_kernels.ops.fp8_linear import Scaling
@@ -129,14 +129,16 @@ class RowParallelLinear(nn.Module):
         return row_linear(x, self.weight, self.bias, split)
 
 
-def keep_fp8_copies(model: nn.Module) -> None:
-    """Let a step's micro-batches share the FP8 copies of a model's weights (`parallel.fp8_weights`).
+def keep_fp8_copies(model: nn.Module) -> list[WeightCopies]:
+    """Let a step's micro-batches share the FP8 copies of a model's weights, for `quantized_once`.
 
-    After the model was moved into its state.
+    After the model was moved into its state, which may make other parameters.
     """
-    for module in model.modules():
-        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
-            keep_copies(module.weight, module.fp8)
+    return [
+        keep_copies(module.weight, module.fp8)
+        for module in model.modules()
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)) and module.fp8 is not None
+    ]
 
 
 def use_fp8(model: nn.Module, scaling: Scaling | None) -> None:

@@ -12,7 +12,7 @@ steps, and a CUDA graph of a step has the quantisation, and the copies' memory, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -64,9 +64,11 @@ class WeightCopies:
         return None if self.rows is None or self.columns is None else QuantizedWeight(self.rows, self.columns)
 
 
-def keep_copies(weight: nn.Parameter, scaling: Scaling | None) -> None:
-    """Let a parameter have FP8 copies within `quantized_once`, or (None) not any more."""
-    weight.fp8_copies = None if scaling is None else WeightCopies(scaling)  # type: ignore[attr-defined]
+def keep_copies(weight: nn.Parameter, scaling: Scaling) -> WeightCopies:
+    """Give a parameter copies, which it has within `quantized_once`."""
+    copies = WeightCopies(scaling)
+    weight.fp8_copies = copies  # type: ignore[attr-defined]
+    return copies
 
 
 def get_copies(weight: Tensor) -> WeightCopies | None:
@@ -75,12 +77,11 @@ def get_copies(weight: Tensor) -> WeightCopies | None:
 
 
 @contextmanager
-def quantized_once(model: nn.Module, uses: int) -> Iterator[None]:
-    """Inside, a weight that may have copies is quantised by its first product for all, of `uses` micro-batches.
+def quantized_once(copies: Sequence[WeightCopies], uses: int) -> Iterator[None]:
+    """Inside, the first product that reads one of these weights quantises it for all, of `uses` micro-batches.
 
     One micro-batch uses each copy once: none is kept then.
     """
-    copies = [found for weight in model.parameters() if (found := get_copies(weight)) is not None]
     try:
         for one in copies if uses > 1 else ():
             one.start()

@@ -6,6 +6,8 @@ the optimizer's state (dp_shard · cp; 1 with zero=0):
     weights         e · P                   zero=3: w · P / n, which is the master too
     gradients       w · P                   zero=3: w · P / n
     optimizer       2 w · P / n moments, and w · P / n masters where the compute type is narrower
+    quantized       FP8, several micro-batches, not zero=3: rows and columns of every matrix of a layer, 2 bytes a
+                    number and 4 for each row and column, while a step's passes run (train.fp8_copies)
     gathered        zero=3: e · (what no layer holds + 2 layers), and one layer's gradient before and after widening
     activations     peak over the schedule of the sum over micro-batches in flight of what each stage keeps:
                     its layers (`megalite.layers.recompute_plan`), T · D · w of angle tables, and
@@ -69,6 +71,8 @@ class Job:
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     seq_length: int = 0
     """Tokens of a sample, which the balance of pipeline stages depends on; 0: one micro-batch is one sample."""
+    fp8_copies: bool = False
+    """Matrices of layers keep FP8 copies through a step of several micro-batches."""
     gpu: bool = True
     """The chunk of logits is a GPU's, not a CPU's."""
 
@@ -106,6 +110,7 @@ class RankMemory:
     weights: int
     gradients: int
     optimizer: int
+    quantized: int
     gathered: int
     activations: int
     pipeline: int
@@ -161,6 +166,9 @@ def _rank_memory(job: Job, rank: int, activations: int, sizes: list[int], full: 
         weights=-(-count // n) * wide if divided else count * e,
         gradients=-(-count // n) * wide if divided else count * wide,
         optimizer=(2 + masters) * wide * -(-count // n),
+        quantized=layers * layer_copies(job.model, parallel.tp)
+        if job.fp8_copies and job.num_microbatches > 1 and not divided
+        else 0,
         gathered=e * (outside + 2 * layer) + (e + wide) * layer if divided else 0,
         activations=activations,
         pipeline=_pipeline_buffers(job, len(own), first, last),
@@ -178,6 +186,15 @@ def layer_parameters(model: ModelConfig, tp: int = 1) -> int:
     biases = (queries + 2 * keys) * model.qkv_bias + hidden * model.output_bias
     biases += (ups * inner + hidden) * model.mlp_bias
     return hidden * (2 * queries + 2 * keys) + (ups + 1) * hidden * inner + norms + biases
+
+
+def layer_copies(model: ModelConfig, tp: int = 1) -> int:
+    """Bytes of both FP8 copies of one layer's matrices on a tensor-parallel rank, each row with a scale."""
+    hidden, inner, head = model.hidden_size, model.ffn_hidden_size // tp, model.size_per_head
+    queries, keys = model.num_attention_heads // tp * head, max(1, model.kv_heads // tp) * head
+    ups = (2 if model.gated else 1) * inner
+    shapes = ((queries + 2 * keys, hidden), (hidden, queries), (ups, hidden), (hidden, inner))
+    return sum(2 * rows * columns + 4 * (rows + columns) for rows, columns in shapes)
 
 
 def vocabulary_rows(model: ModelConfig, tp: int = 1) -> int:

@@ -65,6 +65,10 @@ class Replica:
         self.config = model.config
         self._copies = torch.tensor(state.box_copies(), dtype=torch.float64, device=mesh.device)
         self.dtype = dtype
+        self.fp8_copies = True
+        """Quantise weights once a step where several micro-batches use them in FP8."""
+        # Not with ZeRO-3, which keeps no whole weights either.
+        self._fp8_copies = [] if self.gathers_weights else keep_fp8_copies(model)
         self.pipeline: Pipeline | None = None
         self.stages: dict[int, Stage] = {}
         if mesh.pp.size > 1:
@@ -89,7 +93,7 @@ class Replica:
             and pipeline axes every label counts once.
         """
         self.state.start_step(len(batches))
-        with quantized_once(self.model, len(batches)):
+        with quantized_once(self._fp8_copies if self.fp8_copies else (), len(batches)):
             if self.pipeline is not None:
                 return self._pipeline_gradients(self.pipeline, batches, scale, mark)
             return self._gradients(batches, scale, mark)
@@ -223,7 +227,6 @@ def build_replica(
     num_microbatches: int = 0,
     compile_backend: str = "",
     fp8: Scaling | None = None,
-    fp8_copies: bool = True,
 ) -> Replica:
     """Make this process's part of the model and its state.
 
@@ -239,8 +242,6 @@ def build_replica(
             0: as many as the pipeline has stages.
         compile_backend: of `torch.compile`, for the blocks; empty compiles nothing.
         fp8: multiply in FP8 in the blocks, with this scaling.
-        fp8_copies: quantise weights once a step where several micro-batches use them; never with ZeRO-3, which keeps
-            no whole weights either.
     """
     plan = plan_stages(config, parallel, seq_length or micro_batch_tokens)
     own = plan.stages_of(mesh.pp.rank)
@@ -268,6 +269,4 @@ def build_replica(
     fill(model)
     use_fp8(model, fp8)
     state = make_state(model, mesh, dtype, parallel)
-    if fp8_copies and (parallel.zero != 3 or mesh.data.size == 1):
-        keep_fp8_copies(model)
     return Replica(model, state, mesh, parallel, plan, micro_batch_tokens=micro_batch_tokens, dtype=dtype)

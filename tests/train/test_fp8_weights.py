@@ -14,6 +14,7 @@ from megalite.config import ModelConfig, ParallelConfig, RecomputeConfig
 from megalite.data.loader import MicroBatch
 from megalite.layers.linear import use_fp8
 from megalite.parallel.fp8_weights import get_copies, quantized_once
+from megalite.train.memory_estimate import layer_copies
 from megalite.train.replica import Replica
 from megalite_kernels import backend
 from megalite_kernels.ops.fp8_linear import QuantizedWeight
@@ -43,12 +44,19 @@ def batches_of(step: int, rank: int = 0) -> list[MicroBatch]:
 
 
 def run(
-    name: str, layout: ParallelConfig = ALONE, *, fused: bool = True, layers: int = LAYERS, **more: Any
+    name: str,
+    layout: ParallelConfig = ALONE,
+    *,
+    fused: bool = True,
+    copies: bool = True,
+    layers: int = LAYERS,
+    **more: Any,
 ) -> tuple[list[Tensor], Counter[str]]:
     """Losses, gradients, weights, and scores of another batch after each step; launches of the last step by raw op."""
     replica = make_replica(layout, model_of(name, layers), torch.bfloat16, TOKENS, **more)
     if not fused:
         unfuse(replica)
+    replica.fp8_copies = copies
     seen = []
     for step in range(2):
         with backend.recording() as record:
@@ -90,7 +98,7 @@ def test_copies_and_fusion_change_no_bit(name: str, scaling: str, recompute: str
     """Two steps of three micro-batches and validation after each, against every product quantising for itself."""
     more = {"fp8": scaling, "recompute": RECOMPUTE[recompute]}
     ours, _ = run(name, **more)
-    theirs, _ = run(name, fused=False, fp8_copies=False, **more)
+    theirs, _ = run(name, fused=False, copies=False, **more)
     assert_bits(ours, theirs)
     assert not torch.equal(ours[-1], run(name, recompute=RECOMPUTE[recompute])[0][-1])
 
@@ -101,7 +109,7 @@ def test_copies_and_fusion_change_no_bit(name: str, scaling: str, recompute: str
 def test_launches_of_a_step(name: str, norm: str, activation: str) -> None:
     """Of each layer's four inputs three are quantised where they are made, and each weight once each way."""
     _, ours = run(name, fp8="rowwise")
-    _, plain = run(name, fp8="rowwise", fused=False, fp8_copies=False)
+    _, plain = run(name, fp8="rowwise", fused=False, copies=False)
     passes = LAYERS * MICRO_BATCHES
     assert plain["fp8_quantize_rows"] == passes * (4 + 4 + 4)  # inputs, weights, gradients
     assert plain["fp8_quantize_columns"] == passes * 4
@@ -125,7 +133,7 @@ def test_one_micro_batch_keeps_nothing() -> None:
     assert len(weights) == 4 * LAYERS
     tokens = batches_of(0)[0]
     for uses in (1, 2):
-        with quantized_once(replica.model, uses):
+        with quantized_once(replica._fp8_copies, uses):
             replica.model.loss(*(x[None] for x in (tokens.tokens, tokens.labels))).backward()
             kept = [made_of(weight) for weight in weights]
             assert [made is not None for made in kept] == [uses > 1] * len(weights)
@@ -133,6 +141,7 @@ def test_one_micro_batch_keeps_nothing() -> None:
         elements = sum(weight.numel() for weight in weights)
         scales = 4 * sum(sum(weight.shape) for weight in weights)
         assert sizes == (2 * elements + scales if uses > 1 else 0)
+        assert uses == 1 or sizes == LAYERS * layer_copies(model_of("llama"))
         assert not any(made_of(weight) for weight in weights)
 
 
@@ -141,7 +150,7 @@ def test_copies_end_with_a_failed_step() -> None:
     copies = next(found for w in replica.model.parameters() if (found := get_copies(w)) is not None)
 
     def fail() -> None:
-        with quantized_once(replica.model, 2):
+        with quantized_once(replica._fp8_copies, 2):
             assert copies.live
             raise KeyboardInterrupt
 
@@ -161,7 +170,7 @@ def ranks_job(
     name: str, layout: ParallelConfig, more: dict[str, Any]
 ) -> tuple[list[Tensor], list[Tensor], int]:
     ours, launches = run(name, layout, **more)
-    theirs, _ = run(name, layout, fused=False, fp8_copies=False, **more)
+    theirs, _ = run(name, layout, fused=False, copies=False, **more)
     return ours, theirs, launches["fp8_quantize_columns"]
 
 

@@ -177,6 +177,18 @@ def test_state_is_divided_as_zero_says() -> None:
     assert half.optimizer == 6 * count
 
 
+def test_fp8_copies_are_counted_where_they_are_kept() -> None:
+    """Llama 3 8B: 6.98e9 numbers of the layers' matrices at two bytes; half of them on each of two ranks."""
+
+    def quantized(**layout: Any) -> int:
+        return estimate_memory(dataclasses.replace(job_of(**layout), fp8_copies=True))[0].quantized
+
+    assert quantized() == pytest.approx(13.96 * GB, rel=2e-3)
+    assert quantized(tp=2) == pytest.approx(13.96 / 2 * GB, rel=2e-3)
+    assert (quantized(count=1), quantized(zero=3)) == (0, 0)
+    assert estimate_memory(job_of())[0].quantized == 0
+
+
 def test_schedules_keep_their_micro_batches() -> None:
     """1F1B keeps pp - rank micro-batches, GPipe all."""
     one = dataclasses.replace(job_of(pp=4), num_microbatches=8)
