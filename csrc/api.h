@@ -111,6 +111,25 @@ void cross_entropy_backward(LossRows in, int64_t start, int64_t vocabulary, cons
 int64_t cross_entropy_grad(LossRows in, const float* scale, int64_t scale_stride, float* loss, float* lse,
                            LossOptions options, int threads);
 
+// The loss head: logits = x weight^T + bias, x [tokens, features] and the first `classes` rows of weight, contiguous
+// bf16; bias [classes] may be null. Tokens are taken `chunk` at a time, a multiple of 32.
+struct HeadInputs {
+  const void *x, *weight, *bias;
+  const int64_t* target;
+  int64_t tokens, classes, features, chunk;
+};
+
+// As cross_entropy_forward, _stats and _backward of the logits, which are never stored: float sums, not rounded. For
+// the instruction sets with matrix tiles, "amx" and "amx_emulated".
+int64_t head_forward(HeadInputs in, float* loss, float* lse, LossOptions options, int threads);
+void head_stats(HeadInputs in, int64_t start, float* stats, LossOptions options, int threads);
+
+// dx like x, dweight [classes, features] and dbias [classes] (may be null) from the lse over the whole vocabulary; with
+// `add` dweight is added to.
+void head_backward(HeadInputs in, int64_t start, int64_t vocabulary, const float* lse, const float* scale,
+                   int64_t scale_stride, void* dx, float* dweight, bool add, float* dbias, LossOptions options,
+                   int threads);
+
 // out [size] = x * scale, computed in float.
 void scaled_copy(DType from, const void* x, float scale, DType to, void* out, int64_t size, int threads);
 

@@ -165,6 +165,37 @@ megalite::LossOptions loss_options(const LossOptionsTuple& t) {
   return {std::get<0>(t), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
 }
 
+// (x, weight, bias, target, tokens, classes, features, tokens at once)
+using HeadTuple = std::tuple<Address, Address, Address, Address, int64_t, int64_t, int64_t, int64_t>;
+
+megalite::HeadInputs head_inputs(const HeadTuple& t) {
+  return {at(std::get<0>(t)), at(std::get<1>(t)), at(std::get<2>(t)), at<int64_t>(std::get<3>(t)),
+          std::get<4>(t),     std::get<5>(t),     std::get<6>(t),     std::get<7>(t)};
+}
+
+void bind_head(py::module_& m) {
+  m.def(
+      "head_forward",
+      [](const HeadTuple& in, Address loss, Address lse, const LossOptionsTuple& options, int threads) {
+        return megalite::head_forward(head_inputs(in), at<float>(loss), at<float>(lse), loss_options(options), threads);
+      },
+      Release());
+  m.def(
+      "head_stats",
+      [](const HeadTuple& in, int64_t start, Address stats, const LossOptionsTuple& options, int threads) {
+        megalite::head_stats(head_inputs(in), start, at<float>(stats), loss_options(options), threads);
+      },
+      Release());
+  m.def(
+      "head_backward",
+      [](const HeadTuple& in, int64_t start, int64_t vocabulary, Address lse, Address scale, int64_t scale_stride,
+         Address dx, Address dweight, bool add, Address dbias, const LossOptionsTuple& options, int threads) {
+        megalite::head_backward(head_inputs(in), start, vocabulary, at<float>(lse), at<float>(scale), scale_stride,
+                                at(dx), at<float>(dweight), add, at<float>(dbias), loss_options(options), threads);
+      },
+      Release());
+}
+
 void bind_loss(py::module_& m) {
   m.def(
       "cross_entropy_forward",
@@ -303,6 +334,7 @@ PYBIND11_MODULE(_C, m) {
   bind_embedding(m);
   bind_elementwise(m);
   bind_loss(m);
+  bind_head(m);
   bind_attention(m);
   bind_linear(m);
   bind_optimizer(m);

@@ -17,6 +17,7 @@ FILES = [
     "rope",
     "cross_entropy",
     "cross_entropy_local",
+    "head",
     "attention",
     "adamw",
     "grad_norm",
