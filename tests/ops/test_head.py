@@ -108,3 +108,18 @@ def test_two_threads_repeat_bits_over_several_blocks() -> None:
         torch.set_num_threads(before)
     for found, expected in zip(first, one, strict=True):
         torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_accuracy_with_an_ignored_token_of_huge_logits(backend: str) -> None:
+    """exp of its logits is infinite: its gradient is 0 because it is ignored, not because it is multiplied by 0."""
+    x, weight = random(40, 32).bfloat16(), random(50, 32, seed=1).bfloat16()
+    x[5] *= 1e3
+    target = classes_at_the_edges(40, 50)
+    target[5] = -100
+    with mk.use_backend(backend):
+        args = (x, weight, None, target, torch.tensor(1.0), 50, -100, 0.0, 0.0, 0.0)
+        _, dx, dweight, _ = torch.ops.megalite.linear_cross_entropy_grad(*args)
+    assert torch.equal(dx[5], torch.zeros(32, dtype=dx.dtype))
+    assert dx.isfinite().all()
+    assert dweight.isfinite().all()
