@@ -19,10 +19,9 @@ const char* isa_name();
 void rms_norm_forward(DType dtype, const void* x, const void* residual, const float* weight, void* y, void* total,
                       float* rstd, int64_t rows, int64_t cols, float eps, int threads);
 
-// dx (plus dresidual if not null) and dweight [cols]. All backwards here make y again where it is not null, with the
-// forward's bits.
+// dx (plus dresidual if not null) and dweight [cols].
 void rms_norm_backward(DType dtype, const void* dy, const void* dresidual, const void* x, const float* weight,
-                       const float* rstd, void* dx, float* dweight, void* y, int64_t rows, int64_t cols, int threads);
+                       const float* rstd, void* dx, float* dweight, int64_t rows, int64_t cols, int threads);
 
 // y = (x - mean) * rstd * weight + bias (bias may be null); residual and total as in rms_norm_forward.
 void layer_norm_forward(DType dtype, const void* x, const void* residual, const float* weight, const float* bias,
@@ -30,8 +29,8 @@ void layer_norm_forward(DType dtype, const void* x, const void* residual, const 
                         int threads);
 
 void layer_norm_backward(DType dtype, const void* dy, const void* dresidual, const void* x, const float* weight,
-                         const float* bias, const float* mean, const float* rstd, void* dx, float* dweight,
-                         float* dbias, void* y, int64_t rows, int64_t cols, int threads);
+                         const float* mean, const float* rstd, void* dx, float* dweight, float* dbias, int64_t rows,
+                         int64_t cols, int threads);
 
 // [tokens, heads, dim] with any strides of tokens and heads; features are side by side.
 struct Strided {
@@ -67,14 +66,14 @@ int64_t embedding_accumulate(DType dtype, const void* dy, const int64_t* ids, fl
                              int64_t rows, int64_t cols, int threads);
 
 void activation_forward(DType dtype, Activation kind, const void* x, void* y, int64_t size, int threads);
-void activation_backward(DType dtype, Activation kind, const void* dy, const void* x, void* dx, void* y, int64_t size,
+void activation_backward(DType dtype, Activation kind, const void* dy, const void* x, void* dx, int64_t size,
                          int threads);
 
 // y [rows, cols] = activation(gate) * up; rows of gate and up (and of their gradients) are `stride` apart.
 void gated_forward(DType dtype, Activation kind, const void* gate, const void* up, void* y, int64_t rows, int64_t cols,
                    int64_t stride, int threads);
 void gated_backward(DType dtype, Activation kind, const void* dy, const void* gate, const void* up, void* dgate,
-                    void* dup, void* y, int64_t rows, int64_t cols, int64_t stride, int threads);
+                    void* dup, int64_t rows, int64_t cols, int64_t stride, int threads);
 
 struct LossOptions {
   int64_t ignore_index;
@@ -111,6 +110,25 @@ void cross_entropy_backward(LossRows in, int64_t start, int64_t vocabulary, cons
 // Forward and backward, row by row while the row is in cache; the logits are overwritten with their gradient.
 int64_t cross_entropy_grad(LossRows in, const float* scale, int64_t scale_stride, float* loss, float* lse,
                            LossOptions options, int threads);
+
+// The loss head: logits = x weight^T + bias, x [tokens, features] and the first `classes` rows of weight, contiguous
+// bf16; bias [classes] may be null. Tokens are taken `chunk` at a time, a multiple of 32.
+struct HeadInputs {
+  const void *x, *weight, *bias;
+  const int64_t* target;
+  int64_t tokens, classes, features, chunk;
+};
+
+// As cross_entropy_forward, _stats and _backward of the logits, which are never stored: float sums, not rounded. For
+// the instruction sets with matrix tiles, "amx" and "amx_emulated".
+int64_t head_forward(HeadInputs in, float* loss, float* lse, LossOptions options, int threads);
+void head_stats(HeadInputs in, int64_t start, float* stats, LossOptions options, int threads);
+
+// dx like x, dweight [classes, features] and dbias [classes] (may be null) from the lse over the whole vocabulary; with
+// `add` dweight is added to.
+void head_backward(HeadInputs in, int64_t start, int64_t vocabulary, const float* lse, const float* scale,
+                   int64_t scale_stride, void* dx, float* dweight, bool add, float* dbias, LossOptions options,
+                   int threads);
 
 // out [size] = x * scale, computed in float.
 void scaled_copy(DType from, const void* x, float scale, DType to, void* out, int64_t size, int threads);
@@ -169,8 +187,8 @@ void adamw(DType dtype, void* params, float* master, float* exp_avg, float* exp_
 void adamw_stochastic(void* params, float* exp_avg, float* exp_avg_sq, const float* grads, int64_t size,
                       AdamWOptions options, uint32_t key, int threads);
 
-// In double, in an order that depends on size alone.
-double sum_of_squares(DType dtype, const void* x, int64_t size, int threads);
+// sums [count] of the squares of each of `count` tensors, in double, each in an order that depends on its size alone.
+void sums_of_squares(DType dtype, const void* const* x, const int64_t* sizes, int64_t count, double* sums, int threads);
 
 // The kernels' own exponential and tanh, for tests of their error.
 void vector_exp(const float* x, float* y, int64_t size);

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <tuple>
+#include <vector>
 
 #include "api.h"
 
@@ -33,9 +34,9 @@ void bind_norms(py::module_& m) {
   m.def(
       "rms_norm_backward",
       [](int dtype, Address dy, Address dresidual, Address x, Address weight, Address rstd, Address dx, Address dweight,
-         Address y, int64_t rows, int64_t cols, int threads) {
+         int64_t rows, int64_t cols, int threads) {
         megalite::rms_norm_backward(DType(dtype), at(dy), at(dresidual), at(x), at<float>(weight), at<float>(rstd),
-                                    at(dx), at<float>(dweight), at(y), rows, cols, threads);
+                                    at(dx), at<float>(dweight), rows, cols, threads);
       },
       Release());
   m.def(
@@ -48,11 +49,11 @@ void bind_norms(py::module_& m) {
       Release());
   m.def(
       "layer_norm_backward",
-      [](int dtype, Address dy, Address dresidual, Address x, Address weight, Address bias, Address mean, Address rstd,
-         Address dx, Address dweight, Address dbias, Address y, int64_t rows, int64_t cols, int threads) {
-        megalite::layer_norm_backward(DType(dtype), at(dy), at(dresidual), at(x), at<float>(weight), at<float>(bias),
-                                      at<float>(mean), at<float>(rstd), at(dx), at<float>(dweight), at<float>(dbias),
-                                      at(y), rows, cols, threads);
+      [](int dtype, Address dy, Address dresidual, Address x, Address weight, Address mean, Address rstd, Address dx,
+         Address dweight, Address dbias, int64_t rows, int64_t cols, int threads) {
+        megalite::layer_norm_backward(DType(dtype), at(dy), at(dresidual), at(x), at<float>(weight), at<float>(mean),
+                                      at<float>(rstd), at(dx), at<float>(dweight), at<float>(dbias), rows, cols,
+                                      threads);
       },
       Release());
 }
@@ -128,8 +129,8 @@ void bind_elementwise(py::module_& m) {
       Release());
   m.def(
       "activation_backward",
-      [](int dtype, int kind, Address dy, Address x, Address dx, Address y, int64_t size, int threads) {
-        megalite::activation_backward(DType(dtype), Activation(kind), at(dy), at(x), at(dx), at(y), size, threads);
+      [](int dtype, int kind, Address dy, Address x, Address dx, int64_t size, int threads) {
+        megalite::activation_backward(DType(dtype), Activation(kind), at(dy), at(x), at(dx), size, threads);
       },
       Release());
   m.def(
@@ -141,10 +142,10 @@ void bind_elementwise(py::module_& m) {
       Release());
   m.def(
       "gated_backward",
-      [](int dtype, int kind, Address dy, Address gate, Address up, Address dgate, Address dup, Address y, int64_t rows,
+      [](int dtype, int kind, Address dy, Address gate, Address up, Address dgate, Address dup, int64_t rows,
          int64_t cols, int64_t stride, int threads) {
-        megalite::gated_backward(DType(dtype), Activation(kind), at(dy), at(gate), at(up), at(dgate), at(dup), at(y),
-                                 rows, cols, stride, threads);
+        megalite::gated_backward(DType(dtype), Activation(kind), at(dy), at(gate), at(up), at(dgate), at(dup), rows,
+                                 cols, stride, threads);
       },
       Release());
 }
@@ -162,6 +163,37 @@ using LossOptionsTuple = std::tuple<int64_t, float, float, float>;
 
 megalite::LossOptions loss_options(const LossOptionsTuple& t) {
   return {std::get<0>(t), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
+}
+
+// (x, weight, bias, target, tokens, classes, features, tokens at once)
+using HeadTuple = std::tuple<Address, Address, Address, Address, int64_t, int64_t, int64_t, int64_t>;
+
+megalite::HeadInputs head_inputs(const HeadTuple& t) {
+  return {at(std::get<0>(t)), at(std::get<1>(t)), at(std::get<2>(t)), at<int64_t>(std::get<3>(t)),
+          std::get<4>(t),     std::get<5>(t),     std::get<6>(t),     std::get<7>(t)};
+}
+
+void bind_head(py::module_& m) {
+  m.def(
+      "head_forward",
+      [](const HeadTuple& in, Address loss, Address lse, const LossOptionsTuple& options, int threads) {
+        return megalite::head_forward(head_inputs(in), at<float>(loss), at<float>(lse), loss_options(options), threads);
+      },
+      Release());
+  m.def(
+      "head_stats",
+      [](const HeadTuple& in, int64_t start, Address stats, const LossOptionsTuple& options, int threads) {
+        megalite::head_stats(head_inputs(in), start, at<float>(stats), loss_options(options), threads);
+      },
+      Release());
+  m.def(
+      "head_backward",
+      [](const HeadTuple& in, int64_t start, int64_t vocabulary, Address lse, Address scale, int64_t scale_stride,
+         Address dx, Address dweight, bool add, Address dbias, const LossOptionsTuple& options, int threads) {
+        megalite::head_backward(head_inputs(in), start, vocabulary, at<float>(lse), at<float>(scale), scale_stride,
+                                at(dx), at<float>(dweight), add, at<float>(dbias), loss_options(options), threads);
+      },
+      Release());
 }
 
 void bind_loss(py::module_& m) {
@@ -278,9 +310,11 @@ void bind_optimizer(py::module_& m) {
       },
       Release());
   m.def(
-      "sum_of_squares",
-      [](int dtype, Address x, int64_t size, int threads) {
-        return megalite::sum_of_squares(DType(dtype), at(x), size, threads);
+      "sums_of_squares",
+      [](int dtype, const std::vector<Address>& x, const std::vector<int64_t>& sizes, Address sums, int threads) {
+        std::vector<const void*> data;
+        for (const Address address : x) data.push_back(at(address));
+        megalite::sums_of_squares(DType(dtype), data.data(), sizes.data(), sizes.size(), at<double>(sums), threads);
       },
       Release());
 }
@@ -300,6 +334,7 @@ PYBIND11_MODULE(_C, m) {
   bind_embedding(m);
   bind_elementwise(m);
   bind_loss(m);
+  bind_head(m);
   bind_attention(m);
   bind_linear(m);
   bind_optimizer(m);

@@ -120,6 +120,9 @@ class TrainConfig:
     fp8_scaling: Literal["rowwise", "tensorwise"] = "rowwise"
     """fp8: a scale for each token and weight row, with weight gradients in bf16; or one for each tensor, with all
     products in FP8, where tokens of one document change those of others in the last bits."""
+    fp8_copies: bool = True
+    """fp8: quantise weights once a step of several micro-batches, not at every use, for 2 bytes a number of the layers'
+    matrices while it runs; the same bits. Never with parallel.zero=3, which keeps no whole weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU of this process if there is one."""
     threads: int = 0

@@ -12,7 +12,9 @@ from megalite_kernels.ops.adamw import adamw_
 from megalite_kernels.ops.attention import attention
 from megalite_kernels.ops.cross_entropy import cross_entropy
 from megalite_kernels.ops.embedding import embedding
+from megalite_kernels.ops.fp8_activation import fp8_activation
 from megalite_kernels.ops.fp8_linear import fp8_linear
+from megalite_kernels.ops.fp8_norm import fp8_layer_norm, fp8_rms_norm
 from megalite_kernels.ops.grad_norm import grad_norm
 from megalite_kernels.ops.layer_norm import layer_norm
 from megalite_kernels.ops.linear import linear
@@ -28,7 +30,10 @@ __all__ = [
     "cross_entropy",
     "embedding",
     "explain",
+    "fp8_activation",
+    "fp8_layer_norm",
     "fp8_linear",
+    "fp8_rms_norm",
     "geglu",
     "gelu",
     "grad_norm",

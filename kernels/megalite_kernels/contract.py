@@ -53,5 +53,8 @@ CONTRACTS: dict[str, Contract] = {
         Contract("grad_norm", _REFERENCE + "grad_norm"),
         Contract("linear", "torch.nn.functional.linear"),
         Contract("fp8_linear", _REFERENCE + "fp8"),
+        Contract("fp8_rms_norm", _REFERENCE + "fp8_fused"),
+        Contract("fp8_layer_norm", _REFERENCE + "fp8_fused"),
+        Contract("fp8_activation", _REFERENCE + "fp8_fused"),
     )
 }

@@ -14,9 +14,9 @@ from megalite.layers.cache import LayerCache
 from megalite.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.layers.recompute import made_again, run_marked
 from megalite.parallel.context import ContextSplit, context_attention
-from megalite.parallel.handover import Handover
 from megalite.parallel.pieces import Init, Piece, whole
 from megalite.parallel.tensor import UNSPLIT, Shard, TensorSplit
+from megalite_kernels.ops.quantized import Operand
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,19 +100,14 @@ class Attention(nn.Module):
             self.k_norm = HeadNorm(head_dim, qk_norm_eps, **factory)
 
     def forward(
-        self,
-        x: Tensor,
-        context: Context,
-        cache: LayerCache | None = None,
-        again: bool = False,
-        given: Handover | None = None,
+        self, x: Operand, context: Context, cache: LayerCache | None = None, again: bool = False
     ) -> Tensor:
         """[B, S, H] → [B, S, H], or packed [T, H] → [T, H] (of this rank's tokens with `split.sequence`).
 
         With a cache the S tokens follow those already in it, and attend to them too. With `again` the backward
-        pass makes head norms and rotation again; `given` brings it x again.
+        pass makes head norms and rotation again.
         """
-        qkv = self.qkv_proj(x, context.split, given).split((self.q_size, self.kv_size, self.kv_size), dim=-1)
+        qkv = self.qkv_proj(x, context.split).split((self.q_size, self.kv_size, self.kv_size), dim=-1)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv)
         placed: tuple[Tensor, Tensor] = run_marked(again, self._place, q, k, context.rotary)
         with made_again(again and placed[0] is not q, placed, lambda: self._place(q, k, context.rotary)):

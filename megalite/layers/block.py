@@ -10,6 +10,7 @@ from megalite.layers.cache import LayerCache
 from megalite.layers.mlp import MLP, GatedMLP
 from megalite.layers.norm import LayerNorm, RMSNorm
 from megalite.layers.recompute import KEEP, Recompute, made_again, run_again, run_marked, tap, tapped
+from megalite_kernels.ops.quantized import Operand, from_tensors, tensors_of, value_of
 
 
 class Block(nn.Module):
@@ -21,6 +22,7 @@ class Block(nn.Module):
 
     runs_whole = False
     """Its layers are never called as modules of their own: it is compiled, and waits for all its weights at once."""
+    feeds_projections = ("attention_norm", "mlp_norm")
 
     def __init__(
         self,
@@ -51,24 +53,24 @@ class Block(nn.Module):
             # Not self(...): a compiled block's own `forward` is the compiler's entry.
             return run_again(lambda x, residual: Block.forward(self, x, residual, context), x, residual)
         full = recompute.full and torch.is_grad_enabled()
-        given = self.attention.qkv_proj.handover(context.split) if recompute.norm and not full else None
-        again = recompute.norm and given is None
-        normed, total = run_marked(again, self.attention_norm, x, residual, given)
-        with made_again(again or full, (normed,), lambda: self.attention_norm(total)[:1]):
+        normed, total = run_marked(recompute.norm, self.attention_norm, x, residual)
+        with made_again(
+            recompute.norm or full, tensors_of(normed), lambda: tensors_of(self.attention_norm(total)[0])
+        ):
             if full:
                 return self._all_again(normed, total, context)
-            x = self.attention(normed, context, cache, recompute.attention, given)
-        given = self.mlp.first.handover(context.split) if recompute.norm else None
-        again = recompute.norm and given is None
-        normed, residual = run_marked(again, self.mlp_norm, x, total, given)
-        with made_again(again, (normed,), lambda: self.mlp_norm(residual)[:1]):
-            return self.mlp(normed, context.split, recompute.activation, given), residual
+            x = self.attention(normed, context, cache, recompute.attention)
+        normed, residual = run_marked(recompute.norm, self.mlp_norm, x, total)
+        with made_again(recompute.norm, tensors_of(normed), lambda: tensors_of(self.mlp_norm(residual)[0])):
+            return self.mlp(normed, context.split, recompute.activation), residual
 
-    def _all_again(self, normed: Tensor, total: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        def until_down(normed: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-            normed, residual = self.mlp_norm(self.attention(normed, context), total)
-            return tap(self.mlp.up(normed, context.split)), residual
+    def _all_again(self, normed: Operand, total: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        def until_down(total: Tensor, *parts: Tensor) -> tuple[Operand, Tensor]:
+            normed, residual = self.mlp_norm(self.attention(from_tensors(*parts), context), total)
+            value, *copies = tensors_of(self.mlp.up(normed, context.split))
+            return from_tensors(tap(value), *copies), residual
 
-        active, residual = run_again(until_down, normed, total)
-        with made_again(True, (active,), tapped(active)):
+        active, residual = run_again(until_down, total, *tensors_of(normed))
+        value = value_of(active)
+        with made_again(True, (value,), tapped(value)):
             return self.mlp.down_proj(active, context.split), residual

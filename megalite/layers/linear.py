@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from megalite.parallel.fp8 import fp8_column_linear, fp8_row_linear
-from megalite.parallel.handover import Handover
+from megalite.parallel.fp8_weights import WeightCopies, keep_copies
 from megalite.parallel.pieces import Init, Piece, TensorParallel
-from megalite.parallel.tensor import Shard, TensorSplit, column_linear, row_linear, takes_handover
+from megalite.parallel.tensor import Shard, TensorSplit, column_linear, row_linear
 from megalite_kernels.ops.fp8_linear import Scaling
+from megalite_kernels.ops.quantized import Operand, QuantizedTensor
 
 
 class ColumnParallelLinear(nn.Module):
@@ -67,20 +68,13 @@ class ColumnParallelLinear(nn.Module):
                 )
             first += shard.size
 
-    def handover(self, split: TensorSplit | None = None) -> Handover | None:
-        """What can bring the next call's input again in the backward pass; None: the call has to keep it."""
-        takes = self.fp8 is None and takes_handover(self.weight, split or self.split, row=False)
-        return Handover() if takes else None
-
-    def forward(self, x: Tensor, split: TensorSplit | None = None, given: Handover | None = None) -> Tensor:
-        """[..., in] → [..., rows]; `split` says how the tokens of x lie, by default as the layer was made.
-
-        `given`, of `handover`, will bring x again, which is not kept then.
-        """
+    def forward(self, x: Operand, split: TensorSplit | None = None) -> Tensor:
+        """[..., in] → [..., rows]; `split` says how the tokens of x lie, by default as the layer was made."""
         split = split or self.split
         if self.fp8 is not None:
             return fp8_column_linear(x, self.weight, self.bias, split, self.fp8)
-        return column_linear(x, self.weight, self.bias, split, given)
+        assert not isinstance(x, QuantizedTensor)
+        return column_linear(x, self.weight, self.bias, split)
 
 
 class RowParallelLinear(nn.Module):
@@ -126,21 +120,35 @@ class RowParallelLinear(nn.Module):
             tp: TensorParallel = "partial" if self.split.sequence else "replicated"
             yield "bias", Piece(f"{name}.bias", rows[1:], (0,), rows, tp, Init.zeros(), decay=False)
 
-    def handover(self, split: TensorSplit | None = None) -> Handover | None:
-        """As `ColumnParallelLinear.handover`."""
-        takes = self.fp8 is None and takes_handover(self.weight, split or self.split, row=True)
-        return Handover() if takes else None
-
-    def forward(self, x: Tensor, split: TensorSplit | None = None, given: Handover | None = None) -> Tensor:
-        """[..., in / tp] → [..., out]; `split` says how the tokens of the output lie, `given` may bring x again."""
+    def forward(self, x: Operand, split: TensorSplit | None = None) -> Tensor:
+        """[..., in / tp] → [..., out]; `split` says how the tokens of the output lie."""
         split = split or self.split
         if self.fp8 is not None:
             return fp8_row_linear(x, self.weight, self.bias, split, self.fp8)
-        return row_linear(x, self.weight, self.bias, split, given)
+        assert not isinstance(x, QuantizedTensor)
+        return row_linear(x, self.weight, self.bias, split)
+
+
+def keep_fp8_copies(model: nn.Module) -> list[WeightCopies]:
+    """Let a step's micro-batches share the FP8 copies of a model's weights, for `quantized_once`.
+
+    After the model was moved into its state, which may make other parameters.
+    """
+    return [
+        keep_copies(module.weight, module.fp8)
+        for module in model.modules()
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)) and module.fp8 is not None
+    ]
 
 
 def use_fp8(model: nn.Module, scaling: Scaling | None) -> None:
-    """Multiply in FP8 in every projection of a model's blocks, or (None) in the weights' own type."""
+    """Multiply in FP8 in every projection of a model's blocks, or (None) in the weights' own type.
+
+    With a scale for each row, what feeds a projection quantises while it writes (`feeds_projections` names it); one
+    scale for all would be known only when all is written.
+    """
     for module in model.modules():
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
             module.fp8 = scaling
+        for name in getattr(module, "feeds_projections", ()):
+            getattr(module, name).quantizes = scaling == "rowwise"

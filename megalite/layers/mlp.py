@@ -10,32 +10,35 @@ from torch import Tensor, nn
 import megalite_kernels as kernels
 from megalite.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.layers.recompute import made_again, run_marked
-from megalite.parallel.handover import Handover
 from megalite.parallel.tensor import UNSPLIT, Shard, TensorSplit
+from megalite_kernels.ops import fp8_activation
+from megalite_kernels.ops.quantized import Operand, tensors_of
 
 Activation = Literal["swiglu", "geglu", "gelu_tanh", "relu2"]
 
-_GATED: dict[str, Callable[..., Tensor]] = {"swiglu": kernels.swiglu, "geglu": kernels.geglu}
-_PLAIN: dict[str, Callable[..., Tensor]] = {"gelu_tanh": kernels.gelu, "relu2": kernels.relu_squared}
+_GATED: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": kernels.swiglu, "geglu": kernels.geglu}
+_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {"gelu_tanh": kernels.gelu, "relu2": kernels.relu_squared}
+_QUANTIZING: dict[str, fp8_activation.Activation] = {
+    "swiglu": "swiglu",
+    "geglu": "geglu",
+    "gelu_tanh": "gelu",
+    "relu2": "relu_squared",
+}
 
 
-def _down(
-    activation: Callable[..., Tensor],
-    inner: Tensor,
-    down_proj: RowParallelLinear,
-    split: TensorSplit | None,
-    again: bool,
-) -> Tensor:
-    """down_proj(activation(inner)); with `again` the product does not keep what it reads.
+class ActivationFunction:
+    """What `down_proj` reads, of what the projection before it gives."""
 
-    The activation's own backward pass makes that again where the product takes a handover, else a pass for itself.
-    """
-    given = down_proj.handover(split) if again else None
-    if given is not None:
-        return down_proj(activation(inner, again=given.bring), split, given)
-    active = run_marked(again, activation, inner)
-    with made_again(again, (active,), lambda: (activation(inner),)):
-        return down_proj(active, split)
+    def __init__(self, name: Activation) -> None:
+        self.plain = (_GATED | _PLAIN)[name]
+        self.quantizing = _QUANTIZING[name]
+        self.quantizes = False
+        """As of a norm: it comes quantised too."""
+
+    def __call__(self, inner: Tensor) -> Operand:
+        if self.quantizes:
+            return kernels.fp8_activation(inner, self.quantizing)
+        return self.plain(inner)
 
 
 class GatedMLP(nn.Module):
@@ -44,6 +47,8 @@ class GatedMLP(nn.Module):
     Source: Shazeer, arXiv 2002.05202.
     """
 
+    feeds_projections = ("activation",)
+
     def __init__(
         self,
         hidden_size: int,
@@ -57,7 +62,7 @@ class GatedMLP(nn.Module):
         **factory: Any,
     ) -> None:
         super().__init__()
-        self.activation = _GATED[activation]
+        self.activation = ActivationFunction(activation)
         shard = Shard.even(ffn_hidden_size, split.axis)
         gate_up = {"gate_proj": shard, "up_proj": shard}
         self.gate_up_proj = ColumnParallelLinear(hidden_size, gate_up, split, bias=bias, std=std, **factory)
@@ -65,32 +70,25 @@ class GatedMLP(nn.Module):
             shard, hidden_size, split, name="down_proj", bias=bias, std=down_std, **factory
         )
 
-    @property
-    def first(self) -> ColumnParallelLinear:
-        """The projection that reads the layer's input."""
-        return self.gate_up_proj
-
-    def up(self, x: Tensor, split: TensorSplit | None = None) -> Tensor:
+    def up(self, x: Operand, split: TensorSplit | None = None) -> Operand:
         """[..., H] → [..., F / tp], what `down_proj` reads."""
         return self.activation(self.gate_up_proj(x, split))
 
-    def forward(
-        self,
-        x: Tensor,
-        split: TensorSplit | None = None,
-        again: bool = False,
-        given: Handover | None = None,
-    ) -> Tensor:
+    def forward(self, x: Operand, split: TensorSplit | None = None, again: bool = False) -> Tensor:
         """[..., H] → [..., H]; `split` says how the tokens lie, by default as the layer was made.
 
-        With `again` the backward pass makes the activation's output again; `given` brings it x again.
+        With `again` the backward pass makes the activation's output again.
         """
-        inner = self.gate_up_proj(x, split, given)
-        return _down(self.activation, inner, self.down_proj, split, again)
+        inner = self.gate_up_proj(x, split)
+        active = run_marked(again, self.activation, inner)
+        with made_again(again, tensors_of(active), lambda: tensors_of(self.activation(inner))):
+            return self.down_proj(active, split)
 
 
 class MLP(nn.Module):
     """down(act(up(x)))."""
+
+    feeds_projections = ("activation",)
 
     def __init__(
         self,
@@ -105,7 +103,7 @@ class MLP(nn.Module):
         **factory: Any,
     ) -> None:
         super().__init__()
-        self.activation = _PLAIN[activation]
+        self.activation = ActivationFunction(activation)
         shard = Shard.even(ffn_hidden_size, split.axis)
         self.up_proj = ColumnParallelLinear(
             hidden_size, {"up_proj": shard}, split, bias=bias, std=std, **factory
@@ -114,25 +112,16 @@ class MLP(nn.Module):
             shard, hidden_size, split, name="down_proj", bias=bias, std=down_std, **factory
         )
 
-    @property
-    def first(self) -> ColumnParallelLinear:
-        """The projection that reads the layer's input."""
-        return self.up_proj
-
-    def up(self, x: Tensor, split: TensorSplit | None = None) -> Tensor:
+    def up(self, x: Operand, split: TensorSplit | None = None) -> Operand:
         """[..., H] → [..., F / tp], what `down_proj` reads."""
         return self.activation(self.up_proj(x, split))
 
-    def forward(
-        self,
-        x: Tensor,
-        split: TensorSplit | None = None,
-        again: bool = False,
-        given: Handover | None = None,
-    ) -> Tensor:
+    def forward(self, x: Operand, split: TensorSplit | None = None, again: bool = False) -> Tensor:
         """[..., H] → [..., H]; `split` says how the tokens lie, by default as the layer was made.
 
-        With `again` the backward pass makes the activation's output again; `given` brings it x again.
+        With `again` the backward pass makes the activation's output again.
         """
-        inner = self.up_proj(x, split, given)
-        return _down(self.activation, inner, self.down_proj, split, again)
+        inner = self.up_proj(x, split)
+        active = run_marked(again, self.activation, inner)
+        with made_again(again, tensors_of(active), lambda: tensors_of(self.activation(inner))):
+            return self.down_proj(active, split)

@@ -16,6 +16,7 @@ from megalite.layers.block import Block
 from megalite.layers.cache import LayerCache
 from megalite.layers.recompute import KEEP, Recompute
 from megalite.models.transformer import Transformer
+from megalite.parallel.fp8_weights import get_copies
 from megalite.parallel.gradients import announce, get_sink
 
 
@@ -68,4 +69,7 @@ class CompiledForward:
         sinks = [sink for weight in self._weights if (sink := get_sink(weight)) is not None]
         for sink in sinks:
             sink.cleared()  # a graph only adds
+        for weight in self._weights:
+            if (copies := get_copies(weight)) is not None and copies.live:
+                copies.both(weight)  # which a graph only reads
         return self._compiled(announce(x, sinks), residual, context, None, recompute)

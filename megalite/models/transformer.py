@@ -21,6 +21,7 @@ from megalite.parallel.collectives import all_gather
 from megalite.parallel.context import ContextSplit
 from megalite.parallel.loss import head_loss, vocab_parallel_losses
 from megalite.parallel.tensor import UNSPLIT, TensorSplit, own_tokens
+from megalite_kernels.ops.quantized import value_of
 
 
 class Transformer(nn.Module):
@@ -176,7 +177,7 @@ class Transformer(nn.Module):
             # One tensor travels to the next stage, not two: the sum that its first norm would make.
             return x if residual is None else x + residual
         assert self.final_norm is not None, "this part of the model has no head"
-        return self.final_norm(x, residual)[0]
+        return value_of(self.final_norm(x, residual)[0])
 
     def _embed(self, tokens: Tensor, positions: Tensor, split: TensorSplit) -> Tensor:
         assert self.embedding is not None, "this part of the model has no embedding"

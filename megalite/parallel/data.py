@@ -66,6 +66,8 @@ class FlatBuffers:
         )
         self.gatherer = WeightGatherer(model, self.buckets[::-1], self.shard)
         self._sinks: list[GradientSink] = []
+        self._versions: list[int] = []
+        """Of the main gradients, when the last step's were finished."""
         self._hooks = [
             self._catch_gradient(bucket.slots[j], bucket.main_grad, i, j)
             for i, bucket in enumerate(self.buckets)
@@ -97,21 +99,28 @@ class FlatBuffers:
 
     def start_step(self, num_microbatches: int) -> None:
         """See `ModelState`."""
+        # Other processes' gradients are in any row.
+        kept = self.mesh.world_size == 1 and self._versions == self._written()
         for sink in self._sinks:
-            sink.fresh = True
+            sink.start(kept=kept)
         self.reducer.start_step(num_microbatches)
 
     @torch.no_grad()
     def finish_gradients(self) -> None:
         """See `ModelState`."""
         for sink in self._sinks:
-            sink.cleared()  # of parameters that took no part
+            sink.finish()
         self.reducer.finish()
         sum_partial(self._boxes["main_grad"], self.mesh.tp)
         tied = [bucket.main_grad[bucket.own] for bucket in self.buckets if bucket.tied]
         assert len(tied) <= 1, "one end of a pipeline holds one of the two copies"
         for gradient in tied:
             all_reduce_sum(gradient, self.mesh.tied)
+        self._versions = self._written()
+
+    def _written(self) -> list[int]:
+        """Rises with each write to main gradients."""
+        return [group.main_grad._version for group in self.groups]
 
     def local_finite(self) -> Tensor:
         """See `ModelState`; of the step whose gradients were finished last."""

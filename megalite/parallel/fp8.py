@@ -7,6 +7,8 @@ that ranks share differ by more: each rank rounds its own part of their gradient
 
 Tokens that are gathered before a product travel quantised where each has its own scale (rowwise): half the bytes.
 Gradients of activations are summed over ranks in the compute type.
+
+A product's input may come quantised (`QuantizedTensor`), by rows; its weight may have copies (`fp8_weights.py`).
 """
 
 from __future__ import annotations
@@ -25,32 +27,40 @@ from megalite.parallel.collectives import (
     start_reduce_scatter,
     wait,
 )
+from megalite.parallel.fp8_weights import WeightCopies, get_copies
 from megalite.parallel.gradients import GradientSink, get_sink
 from megalite.parallel.mesh import Axis
 from megalite.parallel.tensor import TensorSplit
 from megalite_kernels.ops import fp8_linear as steps
 from megalite_kernels.ops.fp8_linear import Quantized, Scaling
+from megalite_kernels.ops.quantized import Operand, value_of
 
 
 def fp8_column_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, split: TensorSplit, scaling: Scaling
+    x: Operand, weight: Tensor, bias: Tensor | None, split: TensorSplit, scaling: Scaling
 ) -> Tensor:
     """As `column_linear`, in FP8."""
-    sink = get_sink(weight)
-    if split.axis.group is None and (sink is None or torch.compiler.is_compiling()):
-        # In a graph, which calls nobody, `announce` tells the sink.
-        main_grad = None if sink is None else sink.main_grad
-        return kernels.fp8_linear(x, weight, bias=bias, main_grad=main_grad, scaling=scaling)
-    return _Column.apply(x, weight, bias, split, sink, scaling)
+    sink, copies = get_sink(weight), get_copies(weight)
+    compiling = torch.compiler.is_compiling()
+    if split.axis.group is None and (compiling or (sink is None and copies is None)):
+        # In a graph, which calls nobody, `announce` tells the sink; and copies are made before it runs.
+        main_grad, made = None if sink is None else sink.main_grad, None if copies is None else copies.made
+        return kernels.fp8_linear(
+            x, weight, bias=bias, main_grad=main_grad, scaling=scaling, quantized_weight=made
+        )
+    data = steps.quantized_rows(x, scaling) or (None, None)
+    return _Column.apply(value_of(x), weight, bias, split, sink, copies or WeightCopies(scaling), *data)
 
 
 def fp8_row_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, split: TensorSplit, scaling: Scaling
+    x: Operand, weight: Tensor, bias: Tensor | None, split: TensorSplit, scaling: Scaling
 ) -> Tensor:
     """As `row_linear`, in FP8."""
     if split.axis.group is None:
         return fp8_column_linear(x, weight, bias, split, scaling)
-    out = _Row.apply(x, weight, split, get_sink(weight), scaling)
+    copies = get_copies(weight) or WeightCopies(scaling)
+    data = steps.quantized_rows(x, scaling) or (None, None)
+    out = _Row.apply(value_of(x), weight, split, get_sink(weight), copies, *data)
     return out if bias is None else out + bias
 
 
@@ -65,39 +75,51 @@ class _Column(torch.autograd.Function):
         bias: Tensor | None,
         split: TensorSplit,
         sink: GradientSink | None,
-        scaling: Scaling,
+        copies: WeightCopies,
+        data: Tensor | None,
+        scale: Tensor | None,
     ) -> Tensor:
-        data, scale = _gathered(x.flatten(0, -2), split, scaling)
-        out, weight_scale = steps.forward_product((data, scale), weight, bias, scaling)
-        ctx.save_for_backward(x, weight, scale, weight_scale)
-        ctx.split, ctx.sink, ctx.has_bias, ctx.scaling = split, sink, bias is not None, scaling
+        quantized = _gathered(x.flatten(0, -2), steps.pair(data, scale), split, copies.scaling)
+        rows = copies.forward(weight)
+        out = steps.forward_product(quantized, rows, bias, weight.dtype)
+        _save(ctx, x, weight, quantized, rows, copies)
+        ctx.split, ctx.sink, ctx.has_bias = split, sink, bias is not None
         return _shaped(out, x, split)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, x_scale, weight_scale = ctx.saved_tensors
-        split, scaling = ctx.split, ctx.scaling
+        split, scaling = ctx.split, ctx.copies.scaling
         whole, gathering = start_all_gather(x, split.axis) if split.sequence else (x, None)
         flat = dy.flatten(0, -2).contiguous()
         quantized = steps.quantize_gradient(flat, scaling)
-        dx, summing = _start_sum(steps.input_gradient(quantized, weight, weight_scale, scaling), split)
+        columns = ctx.copies.backward(weight, weight_scale)
+        dx, summing = _start_sum(steps.input_gradient(quantized, columns, weight.dtype), split)
         wait(gathering)
         add = steps.weight_gradient(flat, quantized[1], whole.flatten(0, -2), x_scale, scaling)
         dweight = _add_weight_gradient(ctx.sink, add, weight)
         dbias = flat.sum(0) if ctx.has_bias else None
         wait(summing)
-        return dx.view(x.shape), dweight, dbias, None, None, None
+        return dx.view(x.shape), dweight, dbias, *(None,) * 5
 
 
 class _Row(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, split: TensorSplit, sink: GradientSink | None, scaling: Scaling
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        split: TensorSplit,
+        sink: GradientSink | None,
+        copies: WeightCopies,
+        data: Tensor | None,
+        scale: Tensor | None,
     ) -> Tensor:
-        quantized = steps.quantize(x.flatten(0, -2), scaling)
-        out, weight_scale = steps.forward_product(quantized, weight, None, scaling)
-        ctx.save_for_backward(x, weight, quantized[1], weight_scale)
-        ctx.split, ctx.sink, ctx.scaling = split, sink, scaling
+        quantized = steps.pair(data, scale) or steps.quantize(x.flatten(0, -2), copies.scaling)
+        rows = copies.forward(weight)
+        out = steps.forward_product(quantized, rows, None, weight.dtype)
+        _save(ctx, x, weight, quantized, rows, copies)
+        ctx.split, ctx.sink = split, sink
         out, summing = _start_sum(out, split)
         wait(summing)
         return _shaped(out, x, split)
@@ -105,26 +127,38 @@ class _Row(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, x_scale, weight_scale = ctx.saved_tensors
-        split, scaling = ctx.split, ctx.scaling
+        split, scaling = ctx.split, ctx.copies.scaling
         flat = dy.flatten(0, -2).contiguous()
         # wgrad reads dy in bf16 (or all of its tokens' one scale): gathered once for both products.
         whole, gathering = start_all_gather(flat, split.axis) if split.sequence else (flat, None)
         wait(gathering)
         quantized = steps.quantize_gradient(whole, scaling)
-        dx = steps.input_gradient(quantized, weight, weight_scale, scaling)
+        dx = steps.input_gradient(quantized, ctx.copies.backward(weight, weight_scale), weight.dtype)
         add = steps.weight_gradient(whole, quantized[1], x.flatten(0, -2), x_scale, scaling)
-        return dx.view(x.shape), _add_weight_gradient(ctx.sink, add, weight), None, None, None
+        return dx.view(x.shape), _add_weight_gradient(ctx.sink, add, weight), *(None,) * 5
 
 
-def _gathered(x: Tensor, split: TensorSplit, scaling: Scaling) -> Quantized:
-    """Quantised tokens of all ranks, from this rank's [T / tp, I] with `split.sequence`, else from all of them."""
+def _save(
+    ctx: Any, x: Tensor, weight: Tensor, quantized: Quantized, rows: Quantized, copies: WeightCopies
+) -> None:
+    """For the backward pass; the scales only where there is one for all, which it uses again."""
+    scales = (quantized[1], rows[1]) if copies.scaling == "tensorwise" else (None, None)
+    ctx.save_for_backward(x, weight, *scales)
+    ctx.copies = copies
+
+
+def _gathered(x: Tensor, own: Quantized | None, split: TensorSplit, scaling: Scaling) -> Quantized:
+    """Quantised tokens of all ranks, from this rank's [T / tp, I] with `split.sequence`, else from all of them.
+
+    `own` is what x is quantised, if it came so.
+    """
     if not split.sequence:
-        return steps.quantize(x, scaling)
+        return own or steps.quantize(x, scaling)
     if scaling == "tensorwise":  # one scale for all of them
         whole, gathering = start_all_gather(x, split.axis)
         wait(gathering)
         return steps.quantize(whole, scaling)
-    data, scale = steps.quantize(x, scaling)
+    data, scale = own or steps.quantize(x, scaling)
     bits, gathering = start_all_gather(data.view(torch.uint8), split.axis)  # gloo knows no FP8
     scales, arriving = start_all_gather(scale, split.axis)
     wait(gathering)

@@ -12,6 +12,7 @@ sends W · (n - 1) / n, of an all-reduce twice that; a message between two ranks
 
 - each layer 10 with sequence parallelism: qkv and gate-up gather their input, gather it again for the weights'
   gradient and scatter its gradient; both row-parallel products scatter their output and gather its gradient;
+  With FP8 and a scale for each token the first two gathers take T · (H + 4) bytes instead: numbers and scales;
 - each layer 8 without: two all-reduces forward, two backward;
 - the embedding 2; the head 3 with sequence parallelism (gather, gather again, scatter), else 2;
 - a layer made again in whole: 3 with sequence parallelism (two gathers, one scatter), else 2;
@@ -75,6 +76,8 @@ class StepShape:
     """Compute type."""
     made_again: frozenset[int] = frozenset()
     """Layers that are recomputed in whole."""
+    rowwise_fp8: bool = False
+    """Products are made in FP8 with a scale for each token, which is gathered so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +198,9 @@ def _tensor_bytes(local: _Local, dp: int) -> float:
         return 0.0
     units = local.layers * (10 if local.sequence else 8) + local.again * (3 if local.sequence else 2)
     units += 2 * local.first + (3 if local.sequence else 2) * local.last
-    each = units * local.activation * (tp - 1) / tp
+    gathers = 2 * (local.layers + local.again) if local.sequence and local.step.rowwise_fp8 else 0
+    quantized = local.tokens * (local.model.hidden_size + 4)
+    each = ((units - gathers) * local.activation + gathers * quantized) * (tp - 1) / tp
     statistics = 4 * local.wide * local.tokens * (tp - 1) * local.last
     partial = 2 * (tp - 1) / tp * local.wide * local.partial_elements() / _groups(local, dp)[0]
     return local.step.micro_batches * (each + statistics) + partial

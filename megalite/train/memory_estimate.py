@@ -6,6 +6,8 @@ the optimizer's state (dp_shard · cp; 1 with zero=0):
     weights         e · P                   zero=3: w · P / n, which is the master too
     gradients       w · P                   zero=3: w · P / n
     optimizer       2 w · P / n moments, and w · P / n masters where the compute type is narrower
+    quantized       FP8, several micro-batches, not zero=3: rows and columns of every matrix of a layer, 2 bytes a
+                    number and 4 for each row and column, while a step's passes run (train.fp8_copies)
     gathered        zero=3: e · (what no layer holds + 2 layers), and one layer's gradient before and after widening
     activations     peak over the schedule of the sum over micro-batches in flight of what each stage keeps:
                     its layers (`megalite.layers.recompute_plan`), T · D · w of angle tables, and
@@ -19,11 +21,10 @@ the optimizer's state (dp_shard · cp; 1 with zero=0):
                     is on its way (looped_bfs posts the receives of a whole step: as much for each micro-batch)
     communication   grad_reduce_dtype="bf16": two buckets on their way, sent and received; fp32 travels in place
     workspace       the largest of: the loss (a chunk of logits; with tp > 1 also tokens and dx); the backward pass of
-                    one layer (gradients of T · (3f + 2H), T · f if the activation's output is made again, a fully
-                    recomputed layer's activations) less what the loss has given back by then. With zero=3 the loss
-                    also makes a gradient of V / tp rows, which waits for the embedding's where the matrix is tied;
-                    and the embedding's gradient is the largest where it is larger than all activations of that
-                    micro-batch.
+                    one layer (gradients of T · (3f + 2H), a fully recomputed layer's activations) less what the loss
+                    has given back by then. With zero=3 the loss also makes a gradient of V / tp rows, which waits for
+                    the embedding's where the matrix is tied; and the embedding's gradient is the largest where it is
+                    larger than all activations of that micro-batch.
 
 P of a layer is (n + 2k) D H + n D H + (2 or 1) f H + f H with biases and norms; V is padded to a multiple that tp
 divides. Between the I and the W pass of a zero-bubble schedule a stage keeps the factors of its layers' weight
@@ -45,7 +46,7 @@ from typing import Any
 
 from megalite.config import ModelConfig, ParallelConfig, RecomputeConfig
 from megalite.config_parallel import ZERO_BUBBLE
-from megalite.layers.recompute import KEEP, Recompute
+from megalite.layers.recompute import Recompute
 from megalite.layers.recompute_plan import Share, kept_bytes, layer_bytes, recompute_plan
 from megalite.parallel.action_table import Op, Step, Table, schedule_table
 from megalite.parallel.stages import StagePlan, plan_stages
@@ -70,12 +71,10 @@ class Job:
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     seq_length: int = 0
     """Tokens of a sample, which the balance of pipeline stages depends on; 0: one micro-batch is one sample."""
+    fp8_copies: bool = False
+    """Matrices of layers keep FP8 copies through a step of several micro-batches."""
     gpu: bool = True
-    """The chunk of logits is a GPU's, not a CPU's, and so is what costs next to nothing to make again."""
-    compiled: bool = False
-    """Blocks are compiled."""
-    fp8: bool = False
-    """Blocks multiply in FP8."""
+    """The chunk of logits is a GPU's, not a CPU's."""
 
     @property
     def share(self) -> Share:
@@ -111,6 +110,7 @@ class RankMemory:
     weights: int
     gradients: int
     optimizer: int
+    quantized: int
     gathered: int
     activations: int
     pipeline: int
@@ -140,11 +140,8 @@ def estimate_memory(job: Job) -> tuple[RankMemory, ...]:
     job.parallel.validate_model(job.model)
     job.parallel.validate_microbatches(job.num_microbatches)
     kept, sizes = activation_peaks(job), stage_bytes(job)
-    choices = tuple(recompute_choices(job).values())
-    again = Recompute(
-        activation=any(choice.activation for choice in choices), full=any(choice.full for choice in choices)
-    )
-    return tuple(_rank_memory(job, rank, kept[rank], sizes, again) for rank in range(job.parallel.pp))
+    full = any(choice.full for choice in recompute_choices(job).values())
+    return tuple(_rank_memory(job, rank, kept[rank], sizes, full) for rank in range(job.parallel.pp))
 
 
 def worst_rank(job: Job) -> RankMemory:
@@ -152,7 +149,7 @@ def worst_rank(job: Job) -> RankMemory:
     return max(estimate_memory(job), key=lambda memory: memory.total)
 
 
-def _rank_memory(job: Job, rank: int, activations: int, sizes: list[int], again: Recompute) -> RankMemory:
+def _rank_memory(job: Job, rank: int, activations: int, sizes: list[int], full: bool) -> RankMemory:
     e, wide, n = job.itemsize, job.share.wide, job.state_ranks
     parallel, plan = job.parallel, job.stages
     own = plan.stages_of(rank)
@@ -169,11 +166,14 @@ def _rank_memory(job: Job, rank: int, activations: int, sizes: list[int], again:
         weights=-(-count // n) * wide if divided else count * e,
         gradients=-(-count // n) * wide if divided else count * wide,
         optimizer=(2 + masters) * wide * -(-count // n),
+        quantized=layers * layer_copies(job.model, parallel.tp)
+        if job.fp8_copies and job.num_microbatches > 1 and not divided
+        else 0,
         gathered=e * (outside + 2 * layer) + (e + wide) * layer if divided else 0,
         activations=activations,
         pipeline=_pipeline_buffers(job, len(own), first, last),
         communication=_bucket_buffers(job, count),
-        workspace=_workspace(job, sizes[0] if first else None, last, again),
+        workspace=_workspace(job, sizes[0] if first else None, last, full),
     )
 
 
@@ -186,6 +186,15 @@ def layer_parameters(model: ModelConfig, tp: int = 1) -> int:
     biases = (queries + 2 * keys) * model.qkv_bias + hidden * model.output_bias
     biases += (ups * inner + hidden) * model.mlp_bias
     return hidden * (2 * queries + 2 * keys) + (ups + 1) * hidden * inner + norms + biases
+
+
+def layer_copies(model: ModelConfig, tp: int = 1) -> int:
+    """Bytes of both FP8 copies of one layer's matrices on a tensor-parallel rank, each row with a scale."""
+    hidden, inner, head = model.hidden_size, model.ffn_hidden_size // tp, model.size_per_head
+    queries, keys = model.num_attention_heads // tp * head, max(1, model.kv_heads // tp) * head
+    ups = (2 if model.gated else 1) * inner
+    shapes = ((queries + 2 * keys, hidden), (hidden, queries), (ups, hidden), (hidden, inner))
+    return sum(2 * rows * columns + 4 * (rows + columns) for rows, columns in shapes)
 
 
 def vocabulary_rows(model: ModelConfig, tp: int = 1) -> int:
@@ -299,20 +308,9 @@ def recompute_choices(job: Job) -> dict[int, Recompute]:
                 sizes[stage] = _stage_bytes(job, plan, stage, trial)
             return _peak(rows[rank], sizes, _waiting(job, sizes))
 
-        chosen = recompute_plan(job.model, job.recompute, share, len(layers), kept, cheap_choice(job))
+        chosen = recompute_plan(job.model, job.recompute, share, len(layers), kept)
         choices.update(zip(layers, chosen, strict=True))
     return choices
-
-
-def cheap_choice(job: Job) -> Recompute:
-    """What costs next to nothing to make again.
-
-    On CPUs, whose passes over memory are a tenth of a step, only where the backward pass that reads a tensor's sources
-    anyway writes it again (`megalite.parallel.handover`): 0.3 % of a step, where passes for themselves take 5 %.
-    """
-    if job.gpu or job.compiled or job.fp8 or not job.adds_in_place:
-        return KEEP
-    return Recompute(norm=job.parallel.tp == 1, activation=True)
 
 
 def _pipeline_buffers(job: Job, stages: int, first: bool, last: bool) -> int:
@@ -331,24 +329,23 @@ def _bucket_buffers(job: Job, parameters: int) -> int:
     return min(2 * parallel.bucket_size, parameters) * 2 * 2
 
 
-def _workspace(job: Job, first: int | None, last: bool, again: Recompute) -> int:
+def _workspace(job: Job, first: int | None, last: bool, full: bool) -> int:
     """Bytes on top of what is kept; `first` is what the first stage keeps of a micro-batch, if it is here."""
     share, model = job.share, job.model
     gradient = vocabulary_rows(model, share.tp) * model.hidden_size * share.itemsize
     gradient = 0 if job.adds_in_place else gradient
     tied = gradient if model.tie_word_embeddings and first is not None and last else 0
-    layer = _layer_workspace(job, again) + tied - (loss_bytes(job) if last else 0)
+    layer = _layer_workspace(job, full) + tied - (loss_bytes(job) if last else 0)
     embedding = 0 if first is None else gradient + tied - first
     return max(0, layer, embedding, _loss_workspace(job, gradient) if last else 0)
 
 
-def _layer_workspace(job: Job, again: Recompute) -> int:
+def _layer_workspace(job: Job, full: bool) -> int:
     """Gradients within a layer, and its activations if they are made again."""
     share, model = job.share, job.model
     kept = layer_bytes(model, share)
     gradients = kept.inner + kept.active + 2 * share.tokens * model.hidden_size * share.itemsize
-    made = sum(kept) - kept.stream // 2 if again.full else kept.active if again.activation else 0
-    return gradients + made
+    return gradients + (sum(kept) - kept.stream // 2 if full else 0)
 
 
 def _loss_workspace(job: Job, gradient: int) -> int:

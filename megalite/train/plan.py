@@ -110,8 +110,7 @@ def plan_run(config: RunConfig, processes: int) -> RunPlan:
         recompute=config.recompute,
         seq_length=train.seq_length,
         gpu=train.device != "cpu",
-        compiled=train.compile,
-        fp8=train.precision == "fp8",
+        fp8_copies=train.precision == "fp8" and train.fp8_copies,
     )
     stages = plan_stages(model, parallel, train.seq_length)
     shape = StepShape(
@@ -120,6 +119,7 @@ def plan_run(config: RunConfig, processes: int) -> RunPlan:
         seq_length=train.seq_length,
         dtype=dtype,
         made_again=frozenset(layer for layer, choice in recompute_choices(job).items() if choice.full),
+        rowwise_fp8=train.precision == "fp8" and train.fp8_scaling == "rowwise",
     )
     return RunPlan(
         config=config,

@@ -20,13 +20,14 @@ from torch import Tensor
 from megalite.config import ModelConfig, ParallelConfig, RecomputeConfig
 from megalite.data.loader import MicroBatch
 from megalite.layers.cache import LayerCache
-from megalite.layers.linear import use_fp8
+from megalite.layers.linear import keep_fp8_copies, use_fp8
 from megalite.models.blocks import ModelPart
 from megalite.models.compiled import compile_blocks
 from megalite.models.stage import Stage
 from megalite.models.transformer import Transformer
 from megalite.parallel.collectives import broadcast
 from megalite.parallel.context import ContextSplit
+from megalite.parallel.fp8_weights import quantized_once
 from megalite.parallel.make_state import make_state
 from megalite.parallel.mesh import Mesh
 from megalite.parallel.partial import box_norms, total_norm
@@ -64,6 +65,10 @@ class Replica:
         self.config = model.config
         self._copies = torch.tensor(state.box_copies(), dtype=torch.float64, device=mesh.device)
         self.dtype = dtype
+        self.fp8_copies = True
+        """Quantise weights once a step where several micro-batches use them in FP8."""
+        # Not with ZeRO-3, which keeps no whole weights either.
+        self._fp8_copies = [] if self.gathers_weights else keep_fp8_copies(model)
         self.pipeline: Pipeline | None = None
         self.stages: dict[int, Stage] = {}
         if mesh.pp.size > 1:
@@ -88,8 +93,12 @@ class Replica:
             and pipeline axes every label counts once.
         """
         self.state.start_step(len(batches))
-        if self.pipeline is not None:
-            return self._pipeline_gradients(self.pipeline, batches, scale, mark)
+        with quantized_once(self._fp8_copies if self.fp8_copies else (), len(batches)):
+            if self.pipeline is not None:
+                return self._pipeline_gradients(self.pipeline, batches, scale, mark)
+            return self._gradients(batches, scale, mark)
+
+    def _gradients(self, batches: Sequence[MicroBatch], scale: Tensor, mark: Callable[[str], None]) -> Tensor:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for batch in batches:
             tokens, labels, where = self._inputs(batch)
@@ -253,9 +262,6 @@ def build_replica(
             itemsize=dtype.itemsize,
             recompute=recompute,
             seq_length=seq_length,
-            gpu=mesh.device.type != "cpu",
-            compiled=bool(compile_backend),
-            fp8=fp8 is not None,
         )
         model.recompute = recompute_choices(job)
     if compile_backend:

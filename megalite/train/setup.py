@@ -53,7 +53,7 @@ FREE_TO_CHANGE = {
     "": {"name", "run_dir", "preset", "parallel", "recompute", "eval", "checkpoint"},
     "train": {
         "steps", "micro_batch_size", "device", "threads", "log_interval", "profile", "max_skipped_steps", "init_from",
-        "compile", "cuda_graph", "gc_interval",
+        "compile", "cuda_graph", "gc_interval", "fp8_copies",
     },
 }  # fmt: skip
 """Settings that may differ when a run is continued: they change neither its data nor its arithmetic, or (the
@@ -113,19 +113,7 @@ def build_session(config: RunConfig, mesh: Mesh, *, replay_step: int | None = No
     found, manifest = find_checkpoint(config, mesh, tokenizer, replay_step)
     measured = settle_precision(config, mesh, manifest) if mesh.is_first else None
     precision: Precision = broadcast_object(measured, mesh.world)
-    replica = build_replica(
-        config.model,
-        config.parallel,
-        mesh,
-        dtype=precision.dtype,
-        micro_batch_tokens=config.train.micro_batch_size * config.train.seq_length,
-        seq_length=config.train.seq_length,
-        fill=lambda model: None if manifest else fill_weights(model, config),
-        recompute=config.recompute,
-        num_microbatches=config.train.global_batch_size // (config.train.micro_batch_size * mesh.dp.size),
-        compile_backend="inductor" if config.train.compile else "",
-        fp8=fp8_scaling(config, precision),
-    )
+    replica = _make_replica(config, mesh, precision, filled=manifest is not None)
     optimizer = AdamW(replica.state, config.optimizer, mesh.world)
     guard = StepGuard(mesh.device, sigma=config.train.spike_sigma, skip_spikes=config.train.skip_spikes)
     host = host_axis(mesh)
@@ -200,6 +188,25 @@ def find_checkpoint(
     check_same_run(manifest["config"], to_dict(config), run_dir)
     check_tokenizer(manifest["tokenizer_fingerprint"], tokenizer.fingerprint, found)
     return found, manifest
+
+
+def _make_replica(config: RunConfig, mesh: Mesh, precision: Precision, *, filled: bool) -> Replica:
+    """This process's part of the model; with `filled` its weights will come from a checkpoint."""
+    replica = build_replica(
+        config.model,
+        config.parallel,
+        mesh,
+        dtype=precision.dtype,
+        micro_batch_tokens=config.train.micro_batch_size * config.train.seq_length,
+        seq_length=config.train.seq_length,
+        fill=lambda model: None if filled else fill_weights(model, config),
+        recompute=config.recompute,
+        num_microbatches=config.train.global_batch_size // (config.train.micro_batch_size * mesh.dp.size),
+        compile_backend="inductor" if config.train.compile else "",
+        fp8=fp8_scaling(config, precision),
+    )
+    replica.fp8_copies = config.train.fp8_copies
+    return replica
 
 
 def _make_trainer(

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from megalite.config import ParallelConfig
 from megalite.parallel.context import ContextSplit
 from megalite.parallel.mesh import Mesh
+from megalite_kernels.ops.quantized import value_of
 
 _TRACED = re.compile(
     r"embedding|position_embedding|final_norm|layers\.\d+\.(attention_norm|attention|mlp_norm|mlp)"
@@ -51,7 +52,7 @@ class Trace:
             self.gradients.setdefault(name, _copy(gradient))
 
         def record(module: nn.Module, inputs: Any, output: Any) -> None:
-            out = output[0] if isinstance(output, tuple) else output
+            out = value_of(output[0] if isinstance(output, tuple) else output)
             if name in self.outputs:
                 return
             self.outputs[name] = _copy(out)

@@ -44,6 +44,6 @@ def surrounded_outputs() -> Iterator[None]:
         yield
     for x in made:
         # Of the whole storage: the interpreter's view of an argument may be some columns of it.
-        whole = torch.as_strided(x, (x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
+        whole = torch.as_strided(x, (x.untyped_storage().nbytes() // x.element_size(),), (1,), 0).float()
         outside = torch.cat([whole[:MARGIN], whole[-MARGIN:]])
         assert bool(torch.isnan(outside).all()), f"written outside of an output of shape {list(x.shape)}"

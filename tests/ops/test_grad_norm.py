@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import megalite_kernels as mk
+from megalite_kernels.ops.grad_norm import grad_norms
 from tests.ops.catalogue import BACKENDS, needs_native, random
 
 
@@ -55,3 +56,57 @@ def test_errors() -> None:
         mk.grad_norm([])
     with pytest.raises(ValueError, match=r"grads has dtype torch.int64"):
         mk.grad_norm(torch.ones(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_norms_of_each_accuracy(dtype: torch.dtype, backend: str) -> None:
+    """One tensor of several blocks between small ones, empty ones, and one that is no run of memory."""
+    shapes = [(7,), (0,), (400, 501), (1,), (0, 3), (65_536,), (3, 5)]
+    grads = [random(*shape, seed=i).to(dtype) for i, shape in enumerate(shapes)]
+    grads.append(random(30, 50).to(dtype).t())
+    with mk.use_backend(backend, "reference"):
+        norms = grad_norms(grads)
+    assert norms.dtype == torch.float32
+    truth = torch.stack([g.double().norm() for g in grads]).float()
+    # The reference adds 4,096 squares in fp32.
+    torch.testing.assert_close(norms, truth, rtol=2e-7 if backend == "cpu" else 1e-6, atol=0)
+
+
+@needs_native
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e25])
+def test_norms_of_each_show_whose_gradient_is_bad(value: float) -> None:
+    grads = [random(70_000), random(70_000), random(9)]
+    grads[1][65_536] = value
+    norms = grad_norms(grads)
+    assert torch.isfinite(norms).tolist() == [True, value == 1e25, True]
+    if value == 1e25:
+        torch.testing.assert_close(norms[1], torch.tensor(1e25))
+
+
+@needs_native
+def test_norms_of_each_have_the_same_bits_for_any_threads_and_neighbours() -> None:
+    grads = [random(size, seed=size) for size in (500_001, 12, 131_072, 70_000)]
+    one = grad_norms(grads)
+    alone = torch.cat([grad_norms([grad]) for grad in grads])
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(grad_norms(grads), one)
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(alone, one)
+
+
+def test_norms_of_each_in_float64_stay_float64() -> None:
+    grads = [random(5000).double(), random(3).double()]
+    expected = torch.stack([g.norm() for g in grads])
+    torch.testing.assert_close(grad_norms(grads), expected, rtol=1e-14, atol=0)
+
+
+def test_errors_of_norms_of_each() -> None:
+    with pytest.raises(ValueError, match=r"grads is empty: pass at least one"):
+        grad_norms([])
+    with pytest.raises(ValueError, match=r"grads has torch.bfloat16 on cpu beside torch.float32 on cpu"):
+        grad_norms([torch.ones(3), torch.ones(3).bfloat16()])
+    with pytest.raises(ValueError, match=r"grads has dtype torch.int64"):
+        grad_norms([torch.ones(3, dtype=torch.int64)])

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import megalite_kernels as mk
 from megalite_kernels import backend
+from megalite_kernels.ops.fp8_linear import quantize_weight
 from tests.ops.catalogue import RAW_BACKENDS, random
 
 X, WEIGHT, TABLE = random(6, 16), random(16, seed=1), random(6, 4, seed=2)
@@ -29,17 +30,13 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "rms_norm_fwd": (X, WEIGHT, 1e-6, True),
     "rms_norm_residual_fwd": (X, X, WEIGHT, 1e-6, False),
     "rms_norm_bwd": (X, X, X, WEIGHT, torch.ones(6), False),
-    "rms_norm_bwd_again": (X, X, X, WEIGHT, torch.ones(6), True),
     "layer_norm_fwd": (X, WEIGHT, WEIGHT, 1e-5),
     "layer_norm_residual_fwd": (X, X, WEIGHT, None, 1e-5),
     "layer_norm_bwd": (X, None, X, WEIGHT, torch.zeros(6), torch.ones(6)),
-    "layer_norm_bwd_again": (X, None, X, WEIGHT, WEIGHT, torch.zeros(6), torch.ones(6)),
     "activation_fwd": (X, "gelu_tanh"),
     "activation_bwd": (X, X, "relu2"),
-    "activation_bwd_again": (X, X, "gelu"),
     "glu_fwd": (X, "silu"),
     "glu_bwd": (X[:, :8].contiguous(), X, "silu"),
-    "glu_bwd_again": (X[:, :8].contiguous(), X, "gelu_tanh"),
     "glu_pair_fwd": (X, X, "gelu_tanh"),
     "glu_pair_bwd": (X, X, X, "silu"),
     "rope_fwd": (Q, KV, TABLE, TABLE, True, False),
@@ -73,6 +70,12 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "fp8_tensor_scale": (X, torch.float8_e5m2),
     "fp8_cast": (X, torch.tensor(0.5), E4M3),
     "fp8_cast_transposed": (X, torch.tensor(0.5), E4M3),
+    "fp8_rms_norm_fwd": (X, WEIGHT, 1e-6, True),
+    "fp8_rms_norm_residual_fwd": (X, X + 1, WEIGHT, 1e-6, False),
+    "fp8_layer_norm_fwd": (X, WEIGHT, WEIGHT.clone(), 1e-5),
+    "fp8_layer_norm_residual_fwd": (X, X + 1, WEIGHT, None, 1e-5),
+    "fp8_activation_fwd": (X, "gelu_tanh"),
+    "fp8_glu_fwd": (X, "silu"),
     "fp8_product": (X.to(E4M3), torch.ones(6), X.to(E4M3), torch.ones(6), None, torch.bfloat16),
     "attention_fwd": (Q, KV, KV, *ATTENTION),
     "attention_bwd": (Q, None, Q, KV, KV, Q, torch.ones(4, 6), *ATTENTION),
@@ -85,6 +88,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
         0.1, torch.tensor(1), torch.tensor(1.0), torch.tensor(False), torch.tensor(5),
     ),
     "grad_norm": ([X.flatten(), WEIGHT],),
+    "grad_norms": ([X, WEIGHT],),
 }  # fmt: skip
 
 
@@ -135,6 +139,22 @@ def _fp8_tensorwise(x: Tensor, weight: Tensor) -> Tensor:
     return mk.fp8_linear(x, weight, scaling="tensorwise")
 
 
+def _fp8_norms(x: Tensor, residual: Tensor, weight: Tensor, layer: Tensor, bias: Tensor, up: Tensor) -> Any:
+    """A block's chain, in which every quantised tensor comes out of a fused kernel."""
+    first, total = mk.fp8_rms_norm(x, weight, residual=residual)
+    second = mk.fp8_layer_norm(mk.fp8_linear(first, up), layer, bias)
+    third, total = mk.fp8_layer_norm(mk.fp8_linear(second, up), layer, bias, residual=total)
+    out = mk.fp8_linear(mk.fp8_rms_norm(third.value, weight), up)
+    return out, mk.fp8_linear(mk.fp8_activation(third.value, "gelu"), up), total
+
+
+def _fp8_gated(x: Tensor, down: Tensor) -> Tensor:
+    """With a weight that is quantised once for two products."""
+    copies = quantize_weight(down.detach())
+    once = mk.fp8_linear(mk.fp8_activation(x, "swiglu"), down, quantized_weight=copies)
+    return once + mk.fp8_linear(mk.fp8_activation(x * 2, "geglu"), down, quantized_weight=copies)
+
+
 # torch 2.13 cannot trace an autograd.Function that gets one tensor twice, so all inputs are different ones.
 COMPILED: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
     "rms_norm": (mk.rms_norm, [X, WEIGHT]),
@@ -157,6 +177,8 @@ COMPILED: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
     "linear": (mk.linear, [X, random(4, 16)]),
     "fp8_linear": (mk.fp8_linear, [X, random(4, 16)]),
     "fp8_linear_tensorwise": (_fp8_tensorwise, [X, random(4, 16)]),
+    "fp8_norms": (_fp8_norms, [X, X + 1, WEIGHT, WEIGHT + 1, WEIGHT + 2, random(16, 16)]),
+    "fp8_gated": (_fp8_gated, [X, random(4, 8)]),
 }
 
 

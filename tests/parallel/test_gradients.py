@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalite.config import ParallelConfig
+from megalite.layers.embedding import VocabParallelEmbedding
 from megalite.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.parallel.data import FlatBuffers
 from megalite.parallel.gradients import GradientSink, WeightQueue, add_weight_gradient, get_sink, set_sink
@@ -32,6 +35,7 @@ from tests.parallel.layouts import (
 )
 from tests.parallel.training import assert_layout_equals
 
+CPU = torch.device("cpu")
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
@@ -190,3 +194,80 @@ def test_a_parameter_without_a_gradient_has_zeros() -> None:
     state.start_step(0)
     state.finish_gradients()
     assert not any(box.tensor.any() for box in state.boxes("main_grad"))
+
+
+STEPS = ([3, 5, 3], [340], [], [7, 5], list(range(200)), [9])
+"""Ids of each step on the first rank."""
+
+
+def embedding_job() -> list[tuple[list[int], float]]:
+    """(rows with a gradient, their sum) after each step, of an embedding with 400 rows; a rank's ids are its own."""
+    mesh = mesh_of_group(ParallelConfig(), torch.device("cpu")) if dist.is_initialized() else Mesh(device=CPU)
+    embedding = VocabParallelEmbedding(400, 2, padded_rows=400, std=0.1)
+    model = nn.ModuleDict({"embedding": embedding})
+    state = FlatBuffers(model, mesh, torch.float32, ParallelConfig())
+    answers = []
+    for ids in STEPS:
+        state.start_step(2)
+        for half in (ids, ids):
+            embedding(torch.tensor(half, dtype=torch.int64) + mesh.rank * 50).sum().backward()
+        state.finish_gradients()
+        whole = torch.zeros(400, 2)
+        for box in state.boxes("main_grad"):
+            whole[box.index] = box.tensor
+        answers.append((whole.abs().sum(1).nonzero().flatten().tolist(), float(whole.sum())))
+        if ids == [340]:
+            state.groups[0].main_grad[0] = 1.0  # nobody's business: the next step must not keep it
+    return answers
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_embedding_has_the_gradients_of_this_step_alone(world: int, rank_pool) -> None:
+    """Few ids, many, none; written to from outside; and with other ranks' ids, which nobody here knows."""
+    answers = [embedding_job()] if world == 1 else rank_pool(world).run(embedding_job)
+    for step, ids in enumerate(STEPS):
+        rows = {i + 50 * rank for i in ids for rank in range(world)}
+        assert {row for answer in answers for row in answer[step][0]} == rows, step
+        assert sum(answer[step][1] for answer in answers) == 4 * len(ids) * world, step
+
+
+def noted(names: list[str], name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, which notes its name when it is called."""
+
+    def call(*args: Any) -> Any:
+        names.append(name)
+        return method(*args)
+
+    return call
+
+
+def test_rows_that_were_touched_are_cleared_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    main_grad = torch.zeros(400, 2)
+    sink = GradientSink(main_grad, lambda: None)
+
+    def step(ids: Tensor, *, kept: bool = True) -> list[str]:
+        sink.start(kept=kept)
+        names = []
+        for op in ("zero_", "index_fill_"):
+            monkeypatch.setattr(Tensor, op, noted(names, op, getattr(Tensor, op)))
+        sink.rows(ids).index_add_(0, ids, torch.ones(ids.numel(), 2))
+        sink.finish()
+        monkeypatch.undo()
+        assert set(main_grad[:, 0].nonzero().flatten().tolist()) == {*ids.tolist()}
+        return names
+
+    few = torch.tensor([1, 7, 1])
+    assert step(few) == ["zero_"]  # what was there is not known
+    assert step(few + 1) == ["index_fill_"]
+    assert step(few, kept=False) == ["zero_"]
+    assert step(torch.arange(101)) == ["index_fill_"]
+    assert step(few) == ["zero_"]  # more than a quarter
+    for write in (sink.cleared, sink.taken):
+        sink.start(kept=True)
+        write()
+        main_grad.fill_(3.0)
+        assert step(few) == ["zero_"]
+    ids = few.clone()
+    step(ids)
+    ids.fill_(0)  # the next micro-batch's ids may come in the same memory
+    assert step(few + 1) == ["index_fill_"]

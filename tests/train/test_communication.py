@@ -16,6 +16,7 @@ from megalite.models.presets import preset
 from megalite.parallel.mesh import Axis, Mesh
 from megalite.parallel.stages import plan_stages
 from megalite.train.communication import StepBytes, StepShape, step_bytes
+from megalite_kernels.ops.fp8_linear import Scaling
 from tests.helpers.trace import Events, Launch, trace
 from tests.parallel.layouts import MODELS, packed_batch
 from tests.parallel.replicas import make_replica
@@ -25,11 +26,11 @@ DEEP = {name: replace(config, num_layers=5) for name, config in MODELS.items()}
 
 
 def traced_job(
-    layout: ParallelConfig, config: ModelConfig, again: bool = False
+    layout: ParallelConfig, config: ModelConfig, again: bool = False, fp8: Scaling | None = None
 ) -> tuple[int, int, StepBytes]:
     """(pipeline rank, tensor rank, what this rank sent in a step), the scalars of a step left out."""
     batch = packed_batch()
-    replica = make_replica(layout, config, torch.float32, batch.tokens.numel())
+    replica = make_replica(layout, config, torch.float32, batch.tokens.numel(), fp8=fp8)
     if again:
         replica.model.recompute = dict.fromkeys(range(config.num_layers), FULL)
     with trace() as events:
@@ -110,8 +111,28 @@ def test_layers_made_again_in_whole_send_again(rank_pool: Any, layout: dict[str,
     check(rank_pool, ParallelConfig(**layout), DEEP["gpt2"], 2, again=True)
 
 
+@pytest.mark.parametrize(
+    ("sequence", "scaling", "again"),
+    [
+        (True, "rowwise", False),
+        (True, "rowwise", True),
+        (True, "tensorwise", False),
+        (False, "rowwise", False),
+    ],
+)
+def test_tokens_that_are_gathered_in_fp8(
+    rank_pool: Any, sequence: bool, scaling: Scaling, again: bool
+) -> None:
+    check(rank_pool, ParallelConfig(tp=2, sequence_parallel=sequence), DEEP["llama"], 2, again, scaling)
+
+
 def check(
-    rank_pool: Any, layout: ParallelConfig, config: ModelConfig, world: int, again: bool = False
+    rank_pool: Any,
+    layout: ParallelConfig,
+    config: ModelConfig,
+    world: int,
+    again: bool = False,
+    fp8: Scaling | None = None,
 ) -> None:
     """Equal on every rank and axis; gradients that are parts of sums are not cut evenly, but in all as said."""
     tokens = packed_batch().tokens.numel()
@@ -121,8 +142,9 @@ def check(
         seq_length=tokens,
         dtype=torch.float32,
         made_again=frozenset(range(config.num_layers)) if again else frozenset(),
+        rowwise_fp8=fp8 == "rowwise",
     )
-    answers = rank_pool(world).run(traced_job, layout, config, again)
+    answers = rank_pool(world).run(traced_job, layout, config, again, fp8)
     total, expected_total = 0.0, 0.0
     for pp_rank, tp_rank, sent in answers:
         expected = step_bytes(config, layout, step, processes=world, tp_rank=tp_rank)[pp_rank]

@@ -33,8 +33,8 @@ def _no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megalite.train.flops.measure_gemm_tflops", lambda *_, **__: 0.1)
 
 
-def session_of(dataset: Path, folder: Path) -> Session:
-    values = {"steps": STEPS, "global_batch_size": 4}
+def session_of(dataset: Path, folder: Path, precision: str = "auto") -> Session:
+    values = {"steps": STEPS, "global_batch_size": 4, "precision": precision}
     return build_session(tiny_config(dataset, folder, train=values), CPU)
 
 
@@ -61,10 +61,11 @@ def trained(session: Session, graphs: GraphedStep | None) -> list[Tensor]:
     return [*seen, *trainer.guard.state().values(), trainer.optimizer.step_count]
 
 
-def test_graphs_train_like_steps(dataset: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["auto", "fp8"])
+def test_graphs_train_like_steps(dataset: Path, tmp_path: Path, precision: str) -> None:
     """Six steps, one skipped: losses, weights, moments and the guard's history have the same bits."""
-    eager = trained(session_of(dataset, tmp_path / "eager"), None)
-    session = session_of(dataset, tmp_path / "graphed")
+    eager = trained(session_of(dataset, tmp_path / "eager", precision), None)
+    session = session_of(dataset, tmp_path / "graphed", precision)
     seq_length = session.config.train.seq_length
     graphs = GraphedStep(session.trainer.compute, seq_length=seq_length, make_graph=StandIn)
     graphed = trained(session, graphs)

@@ -34,8 +34,7 @@ from tests.parallel.replicas import make_replica
 
 GB = 1e9
 KINDS = {
-    "none": RecomputeConfig(kind="none"),
-    "auto": RecomputeConfig(),
+    "none": RecomputeConfig(),
     "norm": RecomputeConfig(kind="selective", parts=("norm",)),
     "activation": RecomputeConfig(kind="selective", parts=("activation",)),
     "attention": RecomputeConfig(kind="selective", parts=("attention",)),
@@ -110,7 +109,6 @@ def test_kept_bytes_of_a_whole_model(name: str, kind: str) -> None:
         tokens=TOKENS,
         itemsize=4,
         recompute=KINDS[kind],
-        gpu=False,
     )
     assert kept_by(MODELS[name], job.parallel, KINDS[kind]) == pytest.approx(stage_bytes(job)[0], abs=SCALARS)
 
@@ -123,7 +121,7 @@ def kept_by_kinds(model: ModelConfig, parallel: ParallelConfig) -> list[int]:
 @pytest.mark.parametrize("name", ["llama", "qwen3-tied", "gpt2"])
 def test_kept_bytes_over_two_tensor_parallel_ranks(rank_pool: Any, name: str, sequence: bool) -> None:
     parallel = ParallelConfig(tp=2, sequence_parallel=sequence)
-    job = Job(model=MODELS[name], parallel=parallel, world_size=2, tokens=TOKENS, itemsize=4, gpu=False)
+    job = Job(model=MODELS[name], parallel=parallel, world_size=2, tokens=TOKENS, itemsize=4)
     expected = [stage_bytes(dataclasses.replace(job, recompute=kind))[0] for kind in KINDS.values()]
     for kept in rank_pool(2).run(kept_by_kinds, MODELS[name], parallel):
         assert kept == pytest.approx(expected, abs=SCALARS)
@@ -177,6 +175,18 @@ def test_state_is_divided_as_zero_says() -> None:
     assert estimate_memory(fp32)[0].optimizer == 2 * count  # the master is the weights' own slice
     half = estimate_memory(job_of(zero=1, dp_shard=2))[0]
     assert half.optimizer == 6 * count
+
+
+def test_fp8_copies_are_counted_where_they_are_kept() -> None:
+    """Llama 3 8B: 6.98e9 numbers of the layers' matrices at two bytes; half of them on each of two ranks."""
+
+    def quantized(**layout: Any) -> int:
+        return estimate_memory(dataclasses.replace(job_of(**layout), fp8_copies=True))[0].quantized
+
+    assert quantized() == pytest.approx(13.96 * GB, rel=2e-3)
+    assert quantized(tp=2) == pytest.approx(13.96 / 2 * GB, rel=2e-3)
+    assert (quantized(count=1), quantized(zero=3)) == (0, 0)
+    assert estimate_memory(job_of())[0].quantized == 0
 
 
 def test_schedules_keep_their_micro_batches() -> None:

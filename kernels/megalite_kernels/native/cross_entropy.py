@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megalite_kernels import _C
+from megalite_kernels.native import head
 from megalite_kernels.native.common import DTYPES, address, threads
 from megalite_kernels.native.linear import multiply_, product_, wins
 from megalite_kernels.reference import linear_cross_entropy as plan
@@ -83,34 +84,99 @@ def local_backward_(
     _backward(logits, logits, target, lse, scale, vocab_start, valid_rows, vocab_size, options)
 
 
-def linear_losses(*args: Any) -> tuple[Tensor, Tensor]:
+def linear_losses(
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, valid_rows: int, *options: Any
+) -> tuple[Tensor, Tensor]:
     """Backend "cpu" of `linear_cross_entropy_fwd`."""
-    return plan.losses(*args, row_kernel=forward, product=product_)
+    inputs = (x, weight, bias, target)
+    if not head.runs(x, valid_rows):
+        return plan.losses(*inputs, valid_rows, *options, row_kernel=forward, product=product_)
+    loss, lse, bad = head.losses(*inputs, valid_rows, *options)
+    _refuse(bad, target, valid_rows)
+    return loss, lse
 
 
-def linear_grads(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def linear_grads(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    scale: Tensor,
+    valid_rows: int,
+    *options: Any,
+    main_grad: Tensor | None = None,
+    add: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Backend "cpu" of `linear_cross_entropy_grad`."""
-    return plan.grads(*args, row_kernel=grad_, add_product=_add_product_, product=product_)
+    inputs = (x, weight, bias, target)
+    to: dict[str, Any] = {"main_grad": main_grad, "add": add}
+    if not head.runs(x, valid_rows):
+        return plan.grads(
+            *inputs, scale, valid_rows, *options, row_kernel=grad_, add_product=_add_product_, product=product_, **to
+        )  # fmt: skip
+    loss, lse = linear_losses(*inputs, valid_rows, *options)
+    return loss, *head.grads(*inputs, lse, scale, 0, valid_rows, valid_rows, *options, **to)
 
 
-def linear_grads_(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def linear_grads_(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    scale: Tensor,
+    main_grad: Tensor,
+    add: bool,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Backend "cpu" of `linear_cross_entropy_grad_`."""
-    return plan.grads_into(*args, row_kernel=grad_, add_product=_add_product_, product=product_)
+    grads = linear_grads(x, weight, bias, target, scale, *rest, main_grad=main_grad, add=add)
+    return grads[0], grads[1], grads[3]
 
 
-def linear_stats(*args: Any) -> Tensor:
+def linear_stats(
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, start: int, valid_rows: int, *options: Any
+) -> Tensor:
     """Backend "cpu" of `linear_cross_entropy_local_fwd`."""
+    args = (x, weight, bias, target, start, valid_rows, *options)
+    if head.runs(x, valid_rows):
+        return head.stats(*args)
     return plan.shard_stats(*args, row_kernel=_stats, product=product_)
 
 
-def linear_shard_grads(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def linear_shard_grads(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    lse: Tensor,
+    scale: Tensor,
+    start: int,
+    valid_rows: int,
+    *rest: Any,
+    main_grad: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Backend "cpu" of `linear_cross_entropy_bwd`."""
-    return plan.shard_grads(*args, row_kernel=_grad, add_product=_add_product_, product=product_)
+    args = (x, weight, bias, target, lse, scale, start, valid_rows, *rest)
+    if head.runs(x, valid_rows):
+        return head.grads(*args, main_grad=main_grad)
+    return plan.shard_grads(
+        *args, row_kernel=_grad, add_product=_add_product_, product=product_, main_grad=main_grad
+    )
 
 
-def linear_shard_grads_(*args: Any) -> tuple[Tensor, Tensor]:
+def linear_shard_grads_(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    lse: Tensor,
+    scale: Tensor,
+    main_grad: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
     """Backend "cpu" of `linear_cross_entropy_bwd_`."""
-    return plan.shard_grads_into(*args, row_kernel=_grad, add_product=_add_product_, product=product_)
+    dx, _, dbias = linear_shard_grads(x, weight, bias, target, lse, scale, *rest, main_grad=main_grad)
+    return dx, dbias
 
 
 def scaled_copy(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""Norm of all gradients at once, the same bits on every run."""
+"""Norm of all gradients at once, or of each, the same bits on every run."""
 
 from __future__ import annotations
 
@@ -40,8 +40,39 @@ def grad_norm(grads: Tensor | Sequence[Tensor]) -> Tensor:
     return _norm([tensor.detach().reshape(-1) for tensor in tensors])
 
 
+def grad_norms(grads: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of each of several tensors, in one launch on CPUs.
+
+    Squares are summed in float64 on CPUs, in an order that depends on each tensor's size only.
+
+    Args:
+        grads: any shapes, of one float dtype, on one device; at least one.
+
+    Returns:
+        [len(grads)] on the same device: fp32, or fp64 for fp64.
+
+    Raises:
+        ValueError: no tensor, or dtypes or devices that don't fit.
+    """
+    if not grads:
+        raise ValueError("grads is empty: pass at least one gradient tensor")
+    first = grads[0]
+    checks.require_float(grads=first)
+    for tensor in grads:
+        if tensor.dtype != first.dtype or tensor.device != first.device:
+            raise ValueError(
+                f"grads has {tensor.dtype} on {tensor.device} beside {first.dtype} on {first.device}: "
+                "pass tensors of one dtype on one device"
+            )
+    return _norms([tensor.detach() for tensor in grads])
+
+
 def _supports(grads: list[Tensor]) -> str | None:
     return native_supports(*grads)
+
+
+def _fake_norms(grads: list[Tensor]) -> Tensor:
+    return grads[0].new_empty(len(grads), dtype=torch.promote_types(grads[0].dtype, torch.float32))
 
 
 _norm = define(
@@ -59,3 +90,10 @@ register_lazy(
     supports=triton_supports,
 )
 register_lazy("grad_norm", "cuda", "megalite_kernels.native.cuda.grad_norm:norm", supports=cuda_supports)
+
+_norms = define("grad_norms(Tensor[] grads) -> Tensor", fake=_fake_norms)
+# On GPUs torch's own norm of a list is three launches for any number of tensors.
+register("grad_norms", "reference", reference.norms)
+register_lazy(
+    "grad_norms", "cpu", "megalite_kernels.native.grad_norm:norms", requires=NATIVE, supports=_supports
+)

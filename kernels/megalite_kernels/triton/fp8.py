@@ -1,8 +1,4 @@
-"""FP8 quantisation on Triton: amax, scale and cast, by rows in one pass, else in two over the tensor.
-
-Magnitudes are compared as the integers that their bits are: that is exact, puts NaN above infinity, and lets programs
-meet in an atomic maximum whose result does not depend on their order.
-"""
+"""FP8 quantisation on Triton: amax, scale and cast, by rows in one pass, else in two over the tensor."""
 
 from __future__ import annotations
 
@@ -12,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megalite_kernels.reference.fp8 import EXPONENT
+from megalite_kernels.triton.fp8_scale import magnitude_bits, power_of_two
 from megalite_kernels.triton.launch import Launch, Table, launch
 from megalite_kernels.triton.norm_forward import FORWARD, forward_sizes
 
@@ -20,23 +17,6 @@ AMAX = Table("fp8_amax", {"default": Launch({"BLOCK_R": 128, "BLOCK_C": 64}, num
 # 64 x 64 bytes: whole sectors of 64 bytes in both directions when transposed; the turn goes through shared memory.
 CAST = Table("fp8_cast", {"default": Launch({"BLOCK_R": 64, "BLOCK_C": 64}, num_warps=4)})
 SCALE = Table("fp8_scale", {"default": Launch({"BLOCK": 1024}, num_warps=4)})
-
-
-@triton.jit
-def magnitude_bits(x):
-    """Bits of |x| as an integer, fp32."""
-    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@triton.jit
-def power_of_two(bits, EXPONENT: tl.constexpr):
-    """(scale, 1 / scale) for a largest magnitude given by its bits; `scale_of` of the reference."""
-    exponent = tl.maximum(((bits + 0x1FFFFF) >> 23) - EXPONENT, 1)
-    exponent = tl.where(bits == 0, 127, exponent)
-    scale = (exponent << 23).to(tl.float32, bitcast=True)
-    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    finite = bits < 0x7F800000
-    return tl.where(finite, scale, float("nan")), tl.where(finite, inverse, float("nan"))
 
 
 @triton.jit

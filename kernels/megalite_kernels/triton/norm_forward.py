@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megalite_kernels.triton.fp8_scale import E4M3_EXPONENT, magnitude_bits, power_of_two
 from megalite_kernels.triton.launch import Launch, Table, launch
 
 _NVIDIA = {"TILE": 4096, "WARP": 512, "LIMIT": 65536, "CHUNK": 8192}
@@ -53,15 +54,15 @@ def forward_sizes(hidden: int, itemsize: int, table: Launch) -> Launch:
 @triton.jit
 def row_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, total_ptr, mean_ptr,
-    rstd_ptr, rows, HIDDEN: tl.constexpr, EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr,
+    rstd_ptr, data_ptr, scale_ptr, rows, HIDDEN: tl.constexpr, EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Norm of rows that fit in registers (HIDDEN <= BLOCK_H).
 
     Grid [cdiv(rows, BLOCK_T)]; a program owns BLOCK_T whole rows. Bytes per element, e being its size: x read,
-    y written, 2e; with a residual it is read and the sum written, 4e; and 4 (LayerNorm 8) per row. The weight comes
-    from the second-level cache. The variance is taken around the mean, in registers, so a large mean costs no
-    digits. fp32 throughout.
+    y written, 2e; with a residual it is read and the sum written, 4e; and 4 (LayerNorm 8) per row. With `data_ptr` y
+    is also written in FP8, 1, and 4 a row for its scale. The weight comes from the second-level cache. The variance is
+    taken around the mean, in registers, so a large mean costs no digits. fp32 throughout.
     """
     first = tl.program_id(0).to(tl.int64) * BLOCK_T
     local_row = tl.arange(0, BLOCK_T)
@@ -90,20 +91,27 @@ def row_forward_kernel(
     y = x * rstd[:, None] * gain
     if bias_ptr is not None:
         y += tl.load(bias_ptr + cols[None, :], mask=in_row[None, :], other=0.0).to(tl.float32)
+    if data_ptr is not None:
+        y = y.to(y_ptr.dtype.element_ty).to(tl.float32)  # what is quantised is what is written
+        scale, inverse = power_of_two(tl.max(magnitude_bits(tl.where(mask, y, 0.0)), 1), E4M3_EXPONENT)
+        tl.store(scale_ptr + first + local_row, scale, mask=row_mask)
+        data = (y * inverse[:, None]).to(data_ptr.dtype.element_ty)
+        tl.store(data_ptr + base + offsets, data, mask=mask)
     tl.store(y_ptr + base + offsets, y, mask=mask)
 
 
 @triton.jit
 def loop_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, total_ptr, mean_ptr,
-    rstd_ptr, rows, HIDDEN: tl.constexpr, EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr,
+    rstd_ptr, data_ptr, scale_ptr, rows, HIDDEN: tl.constexpr, EPS: tl.constexpr, ZERO_CENTERED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Norm of rows longer than registers hold, BLOCK_H columns per turn.
 
     Grid [rows] (BLOCK_T is 1); a program owns a row. From memory the same bytes as `row_forward_kernel`: the second
-    read, for y, comes from the second-level cache. Every lane keeps Welford's running mean and sum of squares of its
-    own columns, merged at the end: one turn, no reduction inside, and no cancellation with a large mean. fp32.
+    read, for y, and that of y, for FP8, come from the second-level cache. Every lane keeps Welford's running mean and
+    sum of squares of its own columns, merged at the end: one turn, no reduction inside, and no cancellation with a
+    large mean. fp32.
     """
     tl.static_assert(BLOCK_T == 1)
     row = tl.program_id(0).to(tl.int64)
@@ -136,6 +144,7 @@ def loop_forward_kernel(
     rstd = tl.rsqrt(tl.sum(lane_square, 0) / HIDDEN + EPS)
     tl.store(rstd_ptr + row, rstd)
     source_ptr = x_ptr if residual_ptr is None else total_ptr
+    bits = tl.zeros((BLOCK_H,), tl.int32)
     for start in tl.range(0, HIDDEN, BLOCK_H):
         cols = start + lane
         mask = cols < HIDDEN
@@ -149,7 +158,18 @@ def loop_forward_kernel(
         y = x * rstd * gain
         if bias_ptr is not None:
             y += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        if data_ptr is not None:
+            y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
+            bits = tl.maximum(bits, magnitude_bits(tl.where(mask, y, 0.0)))
         tl.store(y_ptr + base + cols, y, mask=mask)
+    if data_ptr is not None:
+        tl.debug_barrier()  # y is read back
+        scale, inverse = power_of_two(tl.max(bits, 0), E4M3_EXPONENT)
+        tl.store(scale_ptr + row, scale)
+        for start in tl.range(0, HIDDEN, BLOCK_H):
+            cols = start + lane
+            y = tl.load(y_ptr + base + cols, mask=cols < HIDDEN, other=0.0).to(tl.float32)
+            tl.store(data_ptr + base + cols, (y * inverse).to(data_ptr.dtype.element_ty), mask=cols < HIDDEN)
 
 
 def norm_forward(
@@ -161,6 +181,7 @@ def norm_forward(
     *,
     zero_centered: bool,
     centered: bool,
+    quantized: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """Both norms, with and without the residual addition.
 
@@ -172,6 +193,7 @@ def norm_forward(
         eps: added to the mean square.
         zero_centered: the gain is `1 + weight`.
         centered: subtract the mean (LayerNorm).
+        quantized: e4m3 [rows, H] and scale [rows], which take y rounded to FP8; or None.
 
     Returns:
         y like x; x + residual or None; mean [rows] fp32, None unless centered; rstd [rows] fp32.
@@ -182,14 +204,18 @@ def norm_forward(
     rstd = x.new_empty(rows, dtype=torch.float32)
     mean = torch.empty_like(rstd) if centered else None
     if hidden == 0:  # the mean of no numbers
+        if quantized is not None:
+            quantized[1].fill_(1.0)
         return y, total, None if mean is None else mean.fill_(torch.nan), rstd.fill_(torch.nan)
+    data, scale = quantized or (None, None)
     config = forward_sizes(hidden, x.element_size(), FORWARD.pick())
     in_registers = config.blocks["BLOCK_H"] >= hidden
     launch(
         row_forward_kernel if in_registers else loop_forward_kernel,
         (triton.cdiv(rows, config.blocks["BLOCK_T"]),),
         config,
-        x, residual, weight.contiguous(), None if bias is None else bias.contiguous(), y, total, mean, rstd, rows,
+        x, residual, weight.contiguous(), None if bias is None else bias.contiguous(), y, total, mean, rstd,
+        data, scale, rows,
         HIDDEN=hidden,
         EPS=eps,
         ZERO_CENTERED=zero_centered,
