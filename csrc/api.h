@@ -182,6 +182,11 @@ struct AdamWOptions {
 void adamw(DType dtype, void* params, float* master, float* exp_avg, float* exp_avg_sq, const float* grads,
            int64_t size, AdamWOptions options, int threads);
 
+// bf16 params that are the upper halves of their fp32 masters: master's bits = (params' << 16) + remainder, which is
+// signed, so that params are the masters rounded to nearest (reference/adamw.py).
+void adamw_remainder(void* params, void* remainder, float* exp_avg, float* exp_avg_sq, const float* grads, int64_t size,
+                     AdamWOptions options, int threads);
+
 // bf16 params without a master, rounded up or down by random bits: hashes of the index and of `key`, the hash of seed
 // and step (reference/adamw.py).
 void adamw_stochastic(void* params, float* exp_avg, float* exp_avg_sq, const float* grads, int64_t size,

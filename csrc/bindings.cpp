@@ -302,6 +302,16 @@ void bind_optimizer(py::module_& m) {
       },
       Release());
   m.def(
+      "adamw_remainder",
+      [](Address params, Address remainder, Address exp_avg, Address exp_avg_sq, Address grads, int64_t size,
+         float beta1, float beta2, float eps, float decay, float step_size, float root_correction, float clip,
+         int threads) {
+        megalite::adamw_remainder(at(params), at(remainder), at<float>(exp_avg), at<float>(exp_avg_sq),
+                                  at<float>(grads), size, {beta1, beta2, eps, decay, step_size, root_correction, clip},
+                                  threads);
+      },
+      Release());
+  m.def(
       "adamw_stochastic",
       [](Address params, Address exp_avg, Address exp_avg_sq, Address grads, int64_t size, float beta1, float beta2,
          float eps, float decay, float step_size, float root_correction, float clip, uint32_t key, int threads) {

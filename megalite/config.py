@@ -65,6 +65,10 @@ class OptimizerConfig:
     """Decoupled decay of matrices and embeddings; norms and biases are never decayed."""
     clip_grad_norm: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
+    store_param_remainders: bool = True
+    """Keep of an fp32 master only the 16 bits that its bf16 weight lacks: 2 bytes per parameter less, and the same
+    masters to the bit. A weight half-way between two bf16 numbers is rounded away from zero, not to even. Nothing in
+    fp32, and with zero = 3, where weights are fp32."""
 
     def __post_init__(self) -> None:
         positive(self, "learning_rate", "eps")

@@ -1,4 +1,4 @@
-"""adamw_, with an fp32 master and with stochastic rounding, against torch's fused AdamW."""
+"""adamw_, with an fp32 master, with its 16-bit remainder and with stochastic rounding, against torch's fused AdamW."""
 
 from __future__ import annotations
 

@@ -54,7 +54,8 @@ class Ours:
         seen: dict[int, int] = {}
         tensors = [*self.session.trainer.model.parameters()]
         for shard in self.session.trainer.state.optimizer_shards():
-            tensors += [shard.weights, shard.master, shard.main_grad, shard.exp_avg, shard.exp_avg_sq]
+            tensors += [shard.weights, shard.main_grad, shard.exp_avg, shard.exp_avg_sq]
+            tensors += [kept for kept in (shard.master, shard.remainder) if kept is not None]
         for tensor in tensors:
             storage = tensor.untyped_storage()
             seen[storage.data_ptr()] = storage.nbytes()

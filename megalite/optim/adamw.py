@@ -14,7 +14,8 @@ from megalite_kernels import adamw_
 
 
 class AdamW:
-    """Adam with decoupled weight decay (arXiv 1711.05101) on a `ModelState` whose masters are fp32.
+    """Adam with decoupled weight decay (arXiv 1711.05101) on a `ModelState` whose masters are fp32,
+    in one tensor or in two.
 
     The step counter, the learning rate, the clipping factor and the skip flag are device scalars: a skipped
     step changes neither weights, moments nor the counter, and nothing waits for the host.
@@ -58,6 +59,7 @@ class AdamW:
                 step=self.step_count,
                 clip_coefficient=clip_coefficient,
                 skip=skip,
+                remainder=shard.remainder,
             )
 
     @torch.no_grad()
@@ -73,11 +75,9 @@ class AdamW:
         squares = torch.zeros(2, dtype=torch.float64, device=device)
         masters = self.state.boxes("master")
         moments = zip(self.state.boxes("exp_avg"), self.state.boxes("exp_avg_sq"), strict=True)
-        norms = box_norms(masters, device).double()
-        for box, norm, (first, second), copies in zip(
-            masters, norms, moments, self.state.box_copies(), strict=True
-        ):
+        for box, (first, second), copies in zip(masters, moments, self.state.box_copies(), strict=True):
             if box.piece.decay:
+                norm = box_norms([box], device)[0].double()  # one by one: a box may have to be put together
                 squares[0] += (
                     self._update_square(first.tensor.flatten(), second.tensor.flatten(), steps) / copies
                 )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from megalite.parallel.mesh import Axis
-from megalite.parallel.pieces import Box, Piece, boxes_of_range, iter_pieces
+from megalite.parallel.pieces import Box, Piece, boxes_of_range, iter_pieces, write_values
 from megalite.parallel.state import Kind, OptimizerShard
 from megalite_kernels.memory import zeros_in_huge_pages
 
@@ -64,20 +64,26 @@ class Bucket:
     """[n] compute-type parameters; the model's parameters are views of it."""
     main_grad: Tensor
     """[n] gradients summed over micro-batches; after the reduction the owned slice holds the sum over all ranks."""
-    master: Tensor
-    """[owned] wide weights; a view of `weights` where the types agree."""
+    master: Tensor | None
+    """[owned] wide weights; a view of `weights` where the types agree; None with remainders."""
     exp_avg: Tensor
     exp_avg_sq: Tensor
+    remainder: Tensor | None
+    """[owned] int16 that complete the owned bf16 weights to their masters."""
 
     def shard(self) -> OptimizerShard:
         """What one optimizer call updates."""
         own = self.own
         state = (self.master, self.main_grad[own], self.exp_avg, self.exp_avg_sq)
-        return OptimizerShard(self.weights[own], *state, self.decay)
+        return OptimizerShard(self.weights[own], *state, self.decay, self.remainder)
 
     def boxes(self, slot: Slot, kind: Kind) -> Iterator[Box]:
         """The owned parts of a parameter's pieces."""
-        owned = self.main_grad[self.own] if kind == "main_grad" else getattr(self, kind)
+        low = self.remainder if kind == "master" else None
+        if kind == "main_grad":
+            owned = self.main_grad[self.own]
+        else:
+            owned = self.weights[self.own] if low is not None else getattr(self, kind)
         for piece in slot.pieces:
             shape = slot.local_shape(piece)
             width = math.prod(shape[1:])
@@ -85,8 +91,9 @@ class Bucket:
             start = max(first, self.own.start)
             stop = min(first + math.prod(shape), self.own.stop)
             if start < stop:
-                run = owned[start - self.own.start : stop - self.own.start]
-                yield from boxes_of_range(piece, shape, run, start - first)
+                run = slice(start - self.own.start, stop - self.own.start)
+                rest = None if low is None else low[run]
+                yield from boxes_of_range(piece, shape, owned[run], start - first, rest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +103,18 @@ class FlatGroup:
     decay: bool
     weights: Tensor
     main_grad: Tensor
-    state: Tensor
-    """[2 or 3, owned]: the two moments, and the masters unless they are the weights."""
+    moments: Tensor
+    """[2, owned]"""
+    master: Tensor | None
+    """[owned], or None where `weights` or these and `remainder` are the masters."""
+    remainder: Tensor | None
     buckets: tuple[Bucket, ...]
 
     def shard(self) -> OptimizerShard:
         """All buckets as one shard, where this process owns all of every bucket: one launch updates it."""
-        exp_avg, exp_avg_sq, master = (*self.state, self.weights)[:3]
-        return OptimizerShard(self.weights, master, self.main_grad, exp_avg, exp_avg_sq, self.decay)
+        master = self.weights if self.master is None and self.remainder is None else self.master
+        first, second = self.moments
+        return OptimizerShard(self.weights, master, self.main_grad, first, second, self.decay, self.remainder)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -143,49 +154,61 @@ def _tied(slots: list[Slot]) -> bool:
     return slots[-1].pieces[0].tied
 
 
-def make_group(planned: list[list[Slot]], dtype: torch.dtype, shard: Axis, data_size: int) -> FlatGroup:
+def make_group(
+    planned: list[list[Slot]], dtype: torch.dtype, shard: Axis, data_size: int, *, remainders: bool
+) -> FlatGroup:
     """Allocate a group's buffers, move the parameters' values into them, and make the parameters views of them.
+
+    The model's own parameters are freed before gradients and moments are made, so that the two never meet.
 
     Args:
         planned: from `plan_slots`.
         dtype: compute type of the weights; masters keep the values they have now.
         shard: ranks that divide the optimizer's state.
         data_size: ranks over which gradients are summed; decides the padding.
+        remainders: bf16 weights and 16 bits more are the masters.
     """
     first = planned[0][0]
     unit, wide = math.lcm(data_size, PADDING), wide_dtype(dtype)
     sizes = [-(-slots[-1].stop // unit) * unit for slots in planned]
-    device = first.parameter.device
+    counts = [size // shard.size for size in sizes]
+    device, decay = first.parameter.device, first.pieces[0].decay
     weights = zeros_in_huge_pages(sum(sizes), dtype, device)
-    main_grad = zeros_in_huge_pages(sum(sizes), wide, device)
-    owned = [size // shard.size for size in sizes]
     # In the compute type's own precision there is no second copy: the master is the owned part of the weights.
-    kept = 2 if dtype == wide else 3
-    state = zeros_in_huge_pages(kept * sum(owned), wide, device).view(kept, sum(owned))
-    decay, buckets, end, own_end = first.pieces[0].decay, [], 0, 0
-    for slots, size, count in zip(planned, sizes, owned, strict=True):
-        part = weights[end : end + size]
-        rows = list(state[:, own_end : own_end + count])
-        own = slice(shard.rank * count, (shard.rank + 1) * count)
-        if dtype == wide:
-            rows.append(part[own])
-            _fill(part, slots)
-        else:
-            values = torch.zeros(size, dtype=wide, device=device)
-            _fill(values, slots)
-            part.copy_(values)
-            rows[2].copy_(values[own])
+    halved = remainders and dtype == torch.bfloat16
+    master = zeros_in_huge_pages(sum(counts), wide, device) if dtype != wide and not halved else None
+    remainder = zeros_in_huge_pages(sum(counts), torch.int16, device) if halved else None
+    parts = weights.split(sizes)
+    owns = [slice(shard.rank * count, (shard.rank + 1) * count) for count in counts]
+    masters, rests = (
+        [None] * len(counts) if x is None else list(x.split(counts)) for x in (master, remainder)
+    )
+    for slots, part, own, *kept in zip(planned, parts, owns, masters, rests, strict=True):
         for slot in slots:
-            slot.parameter.data = slot.view(part)
-        exp_avg, exp_avg_sq, master = rows
-        grad = main_grad[end : end + size]
-        buckets.append(
-            Bucket(decay, _tied(slots), tuple(slots), own, part, grad, master, exp_avg, exp_avg_sq)
+            _move(slot, part, own, *kept)
+    main_grad = zeros_in_huge_pages(sum(sizes), wide, device)
+    moments = zeros_in_huge_pages(2 * sum(counts), wide, device).view(2, sum(counts))
+    if master is None and remainder is None:
+        masters = [part[own] for part, own in zip(parts, owns, strict=True)]
+    buckets = [
+        Bucket(decay, _tied(slots), tuple(slots), *rest)
+        for slots, *rest in zip(
+            planned, owns, parts, main_grad.split(sizes), masters, *(x.split(counts) for x in moments), rests,
+            strict=True,
         )
-        end, own_end = end + size, own_end + count
-    return FlatGroup(decay, weights, main_grad, state, tuple(buckets))
+    ]  # fmt: skip
+    return FlatGroup(decay, weights, main_grad, moments, master, remainder, tuple(buckets))
 
 
-def _fill(flat: Tensor, slots: list[Slot]) -> None:
-    for slot in slots:
-        slot.view(flat).copy_(slot.parameter.detach())
+def _move(slot: Slot, part: Tensor, own: slice, master: Tensor | None, remainder: Tensor | None) -> None:
+    """Make a parameter a view of its bucket's weights, which get its values; the owned part of its masters too."""
+    values = slot.parameter.detach()
+    view = slot.view(part)
+    rest = None if remainder is None else torch.empty_like(values, dtype=torch.int16)
+    write_values(view, rest, values)
+    kept, whole = (master, values) if remainder is None else (remainder, rest)
+    begin, end = max(slot.start, own.start), min(slot.stop, own.stop)
+    if kept is not None and whole is not None and begin < end:
+        owned = whole.reshape(-1)[begin - slot.start : end - slot.start]
+        kept[begin - own.start : end - own.start].copy_(owned)
+    slot.parameter.data = view

@@ -6,8 +6,9 @@ the new weights to all ranks. With ZeRO-1 the masters and moments exist for owne
 owns everything, gradients are all-reduced, and nothing is gathered.
 
 Weights exist twice when the compute type is not fp32: a low-precision copy that the model uses, and the fp32 master
-that the optimizer updates. In fp32 the two are the same tensor. Bytes per parameter with n ranks sharding: fp32
-8 + 8 / n, bf16 6 + 12 / n.
+that the optimizer updates. In fp32 the two are the same tensor. In bf16 the weight is the upper half of its master,
+rounded, and only the other 16 bits are kept beside it; without these remainders masters are tensors of their own.
+Bytes per parameter with n ranks sharding: fp32 8 + 8 / n, bf16 6 + 10 / n, without remainders 6 + 12 / n.
 
 Source: Rajbhandari et al., "ZeRO", arXiv 1910.02054 (stage 1).
 """
@@ -40,15 +41,28 @@ class FlatBuffers:
         mesh: gradients are summed over `data`; `shard` divides the state with `parallel.zero` = 1.
         dtype: compute type of the weights; the masters keep the values given.
         parallel: bucket_size, grad_reduce_dtype and zero: 0 divides nothing.
+        remainders: bf16 weights and 16 bits more are the masters (`OptimizerConfig.store_param_remainders`).
     """
 
-    def __init__(self, model: nn.Module, mesh: Mesh, dtype: torch.dtype, parallel: ParallelConfig) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        mesh: Mesh,
+        dtype: torch.dtype,
+        parallel: ParallelConfig,
+        *,
+        remainders: bool = True,
+    ) -> None:
         self.mesh = mesh
         divided = parallel.zero != 0
         self.shard = mesh.shard if divided else ALONE
         self.replicate = mesh.replicate if divided else mesh.data
         plans = [plan_slots(model, decay, parallel.bucket_size) for decay in (True, False)]
-        self.groups = [make_group(plan, dtype, self.shard, mesh.data.size) for plan in plans if plan]
+        self.groups = [
+            make_group(plan, dtype, self.shard, mesh.data.size, remainders=remainders)
+            for plan in plans
+            if plan
+        ]
         # One order for all ranks, about that in which the backward pass completes buckets: each waits for the
         # parameter that was registered first in it.
         buckets = [bucket for group in self.groups for bucket in group.buckets]
@@ -156,14 +170,17 @@ class FlatBuffers:
     def zero_state(self) -> None:
         """See `ModelState`."""
         for bucket in self.buckets:
-            for tensor in (bucket.master, bucket.exp_avg, bucket.exp_avg_sq):
-                tensor.zero_()
+            shard = bucket.shard()
+            for tensor in (shard.weights, shard.master, shard.remainder, shard.exp_avg, shard.exp_avg_sq):
+                if tensor is not None:
+                    tensor.zero_()
 
     @torch.no_grad()
     def copy_master_to_weights(self) -> None:
         """See `ModelState`."""
         for bucket in self.buckets:
-            bucket.weights[bucket.own].copy_(bucket.master)
+            if bucket.master is not None:  # else the weights are a part of it
+                bucket.weights[bucket.own].copy_(bucket.master)
         self.publish()
         self.settle()
 

@@ -12,7 +12,9 @@ from megalite.parallel.mesh import Mesh
 from megalite.parallel.state import ModelState
 
 
-def make_state(model: nn.Module, mesh: Mesh, dtype: torch.dtype, parallel: ParallelConfig) -> ModelState:
+def make_state(
+    model: nn.Module, mesh: Mesh, dtype: torch.dtype, parallel: ParallelConfig, *, remainders: bool = True
+) -> ModelState:
     """Take over a model's parameters.
 
     Args:
@@ -20,7 +22,8 @@ def make_state(model: nn.Module, mesh: Mesh, dtype: torch.dtype, parallel: Paral
         mesh: the processes.
         dtype: compute type of the weights.
         parallel: `zero` decides: 0 and 1 flat buffers; 3 FSDP2, unless there is no rank to divide with.
+        remainders: of flat buffers in bf16; FSDP2 divides fp32 weights, which are the masters.
     """
     if parallel.zero == 3 and mesh.shard.size > 1:
         return ShardedModules(model, mesh, dtype, parallel)
-    return FlatBuffers(model, mesh, dtype, parallel)
+    return FlatBuffers(model, mesh, dtype, parallel, remainders=remainders)

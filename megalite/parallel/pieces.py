@@ -13,8 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
+from megalite_kernels.reference.adamw import join, split
+
+CHUNK = 1 << 20
+"""Elements of which masters are taken apart at a time."""
 TensorParallel = Literal["sharded", "replicated", "partial"]
 
 
@@ -69,16 +74,42 @@ class Box:
     piece: Piece
     offset: tuple[int, ...]
     """Where the block starts in the whole tensor."""
-    tensor: Tensor
-    """Its values, of the block's shape: a view of the live state."""
+    live: Tensor
+    """Its values, of the block's shape: a view of the live state. With a remainder the bf16 part of them."""
+    remainder: Tensor | None = None
+    """int16 that complete `live` to fp32 masters (`megalite_kernels.reference.adamw`), a view too."""
+
+    @property
+    def tensor(self) -> Tensor:
+        """Its values: the live ones, or with a remainder a copy, which to write changes nothing."""
+        return self.live if self.remainder is None else join(self.live, self.remainder)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+        return self.live.dtype if self.remainder is None else torch.float32
 
     @property
     def index(self) -> tuple[slice, ...]:
         """The block's place in the whole tensor."""
-        return tuple(slice(o, o + n) for o, n in zip(self.offset, self.tensor.shape, strict=True))
+        return tuple(slice(o, o + n) for o, n in zip(self.offset, self.live.shape, strict=True))
 
 
-def boxes_of_range(piece: Piece, local_shape: tuple[int, ...], flat: Tensor, start: int) -> Iterator[Box]:
+def write_values(live: Tensor, remainder: Tensor | None, values: Tensor) -> None:
+    """Set (a part of) a box: its live tensor, or with a remainder both parts of the values."""
+    if remainder is None:
+        live.copy_(values)
+        return
+    rows = max(1, CHUNK // max(1, math.prod(live.shape[1:])))
+    for part, rest, chunk in zip(live.split(rows), remainder.split(rows), values.split(rows), strict=True):
+        high, low = split(chunk.to(live.device, torch.float32))
+        part.copy_(high)
+        rest.copy_(low)
+
+
+def boxes_of_range(
+    piece: Piece, local_shape: tuple[int, ...], flat: Tensor, start: int, remainder: Tensor | None = None
+) -> Iterator[Box]:
     """The blocks that a run of a piece's elements, in memory order, consists of.
 
     A run may begin and end inside a row: it is the rest of a row, whole rows and the beginning of a row.
@@ -88,6 +119,7 @@ def boxes_of_range(piece: Piece, local_shape: tuple[int, ...], flat: Tensor, sta
         local_shape: shape of the local part of the piece.
         flat: [n] the elements.
         start: number of the first of them within the local part.
+        remainder: [n] as in `Box`.
     """
     end, width = start + flat.numel(), math.prod(local_shape[1:])
     while start < end:
@@ -103,8 +135,11 @@ def boxes_of_range(piece: Piece, local_shape: tuple[int, ...], flat: Tensor, sta
             stop = min(end, (row + 1) * width)
             shape, offset = (1, stop - start), (row, column)
         place = tuple(a + b for a, b in zip(piece.offset, offset, strict=True))
-        yield Box(piece, place, flat[: stop - start].view(shape))
-        flat, start = flat[stop - start :], stop
+        count = stop - start
+        low = None if remainder is None else remainder[:count].view(shape)
+        yield Box(piece, place, flat[:count].view(shape), low)
+        flat, start = flat[count:], stop
+        remainder = None if remainder is None else remainder[count:]
 
 
 @runtime_checkable

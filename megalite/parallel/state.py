@@ -11,7 +11,8 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from megalite.parallel.pieces import Box
+from megalite.parallel.pieces import Box, write_values
+from megalite_kernels.reference.adamw import join
 
 Kind = Literal["master", "exp_avg", "exp_avg_sq", "main_grad"]
 """Kinds of state: fp32 weights, the two moments, the gradients."""
@@ -23,11 +24,31 @@ class OptimizerShard:
 
     weights: Tensor
     """Compute-type weights; the same tensor as `master` where the types agree."""
-    master: Tensor
+    master: Tensor | None
+    """None where `remainder` and the weights are the masters."""
     main_grad: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
     decay: bool
+    remainder: Tensor | None = None
+    """int16 that complete bf16 weights to fp32 masters."""
+
+    @property
+    def values(self) -> Tensor:
+        """The masters: the live ones, or with remainders a copy."""
+        if self.remainder is not None:
+            return join(self.weights, self.remainder)
+        assert self.master is not None
+        return self.master
+
+    def set_values(self, values: Tensor) -> None:
+        """Set masters and weights; `values` may be the masters themselves, changed in place."""
+        if self.remainder is not None:
+            write_values(self.weights, self.remainder, values)
+            return
+        for tensor in (self.master, self.weights):
+            if tensor is not None and tensor is not values:
+                tensor.copy_(values)
 
 
 class ModelState(Protocol):
@@ -59,7 +80,7 @@ class ModelState(Protocol):
         ...
 
     def boxes(self, kind: Kind) -> list[Box]:
-        """The parts of all tensors that this process updates, always in the same order.
+        """The parts of all tensors that this process updates, always in the same order. Masters may be in two parts.
 
         Over the processes that hold different parts of the state the boxes of a tensor cover it exactly once,
         except for what tensor-parallel ranks or tied stages hold in common (`box_copies`).

@@ -12,6 +12,7 @@ from torch import Tensor
 from megalite.interop.tensor_file import MAX_FILE_BYTES, Entry, TensorFile, plan_files
 from megalite.models.families import HfTensor
 from megalite.parallel.state import Kind, ModelState
+from megalite_kernels.reference.adamw import join
 
 KIND_FILES: dict[Kind, str] = {
     "master": "weights/model",
@@ -30,15 +31,27 @@ class Block:
     whole: tuple[int, ...]
     """Shape of that tensor."""
     offset: tuple[int, ...]
-    values: Tensor
+    live: Tensor
     """A view of the live state, transposed where the file is."""
     second: bool
     """Another pipeline stage holds the same values and saves them."""
+    remainder: Tensor | None = None
+    """What completes `live` to the values, as in `Box`; transposed too."""
+
+    @property
+    def values(self) -> Tensor:
+        """What the file holds: the live values, or a copy made of the two parts of masters."""
+        return self.live if self.remainder is None else join(self.live, self.remainder)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+        return self.live.dtype if self.remainder is None else torch.float32
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the block."""
-        return tuple(self.values.shape)
+        return tuple(self.live.shape)
 
 
 def blocks_of(state: ModelState, hf_tensors: Iterable[HfTensor], *, tied_rank: int = 0) -> Iterator[Block]:
@@ -58,9 +71,14 @@ def blocks_of(state: ModelState, hf_tensors: Iterable[HfTensor], *, tied_rank: i
                 key=f"{kind}/{tensor.name}",
                 whole=tensor.shape,
                 offset=tuple(a + b for a, b in zip(part.offset, turned, strict=True)),
-                values=box.tensor.detach().t() if part.transpose else box.tensor.detach(),
+                live=_in_file(box.live, part.transpose),
+                remainder=None if box.remainder is None else _in_file(box.remainder, part.transpose),
                 second=box.piece.tied and tied_rank > 0,
             )
+
+
+def _in_file(tensor: Tensor, transpose: bool) -> Tensor:
+    return tensor.detach().t() if transpose else tensor.detach()
 
 
 def split_key(key: str) -> tuple[str, str]:

@@ -28,6 +28,7 @@ from megalite.errors import StorageError, UserError
 from megalite.interop.tensor_file import get_tensor, open_tensors
 from megalite.models.families import HfTensor
 from megalite.parallel.mesh import ALONE, Axis
+from megalite.parallel.pieces import write_values
 from megalite.parallel.state import ModelState
 from megalite.train.checkpoint import MANIFEST, TRAINER_FILE, part_view, read_parts, stored_parts
 from megalite.train.checkpoint_blocks import KIND_FILES, Block, Extent, blocks_of, makes_up
@@ -92,11 +93,20 @@ class BlockLoadPlanner(LoadPlanner):
         raise AssertionError("checkpoints hold tensors alone")
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        """Where the values of an intersection go."""
-        return part_view(self.blocks[read_item.dest_index].values, read_item.dest_offsets, read_item.lengths)
+        """Where the values of an intersection go: the live state, or memory from which `commit_tensor` takes them."""
+        block = self.blocks[read_item.dest_index]
+        if block.remainder is not None:
+            return torch.empty(read_item.lengths, dtype=block.dtype)
+        return part_view(block.live, read_item.dest_offsets, read_item.lengths)
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Nothing to do: values are copied into the live state."""
+        """Masters in two parts are taken apart; anything else is in the live state already."""
+        block = self.blocks[read_item.dest_index]
+        if block.remainder is not None:
+            live, rest = (
+                part_view(x, read_item.dest_offsets, read_item.lengths) for x in (block.live, block.remainder)
+            )
+            write_values(live, rest, tensor)
 
 
 class CheckpointReader(StorageReader):

@@ -122,7 +122,7 @@ class BlockSavePlanner(SavePlanner):
 
 def _write_item(index: MetadataIndex, block: Block) -> WriteItem:
     chunk = ChunkStorageMetadata(torch.Size(block.offset), torch.Size(block.shape))
-    properties = TensorProperties(dtype=block.values.dtype)
+    properties = TensorProperties(dtype=block.dtype)
     data = TensorWriteData(chunk, properties, torch.Size(block.whole))
     return WriteItem(index, WriteItemType.SHARD, tensor_data=data)
 

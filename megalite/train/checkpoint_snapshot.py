@@ -62,8 +62,9 @@ def take_snapshot(
         index = MetadataIndex(block.key, block.offset)
         if block.second or (only is not None and index not in only):
             continue
-        host = torch.empty(block.shape, dtype=block.values.dtype).copy_(block.values)
-        blocks[index] = dataclasses.replace(block, values=host)
-        fingerprints[index] = fingerprint(block.values)
+        values = block.values
+        host = torch.empty(block.shape, dtype=values.dtype).copy_(values)
+        blocks[index] = dataclasses.replace(block, live=host, remainder=None)
+        fingerprints[index] = fingerprint(values)
     trainer = {k: v.detach().cpu().clone() for k, v in trainer_state.items()}
     return Snapshot(step, hf_tensors, blocks, fingerprints, trainer, metadata, texts)

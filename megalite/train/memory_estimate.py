@@ -5,7 +5,8 @@ the optimizer's state (dp_shard · cp; 1 with zero=0):
 
     weights         e · P                   zero=3: w · P / n, which is the master too
     gradients       w · P                   zero=3: w · P / n
-    optimizer       2 w · P / n moments, and w · P / n masters where the compute type is narrower
+    optimizer       2 w · P / n moments, and where the compute type is narrower w · P / n masters, or 2 · P / n bytes
+                    of remainders (`OptimizerConfig.store_param_remainders`)
     quantized       FP8, several micro-batches, not zero=3: rows and columns of every matrix of a layer, 2 bytes a
                     number and 4 for each row and column, while a step's passes run (train.fp8_copies)
     gathered        zero=3: e · (what no layer holds + 2 layers), and one layer's gradient before and after widening
@@ -73,6 +74,8 @@ class Job:
     """Tokens of a sample, which the balance of pipeline stages depends on; 0: one micro-batch is one sample."""
     fp8_copies: bool = False
     """Matrices of layers keep FP8 copies through a step of several micro-batches."""
+    remainders: bool = True
+    """bf16 weights are a part of their masters, where masters are not the weights."""
     gpu: bool = True
     """The chunk of logits is a GPU's, not a CPU's."""
 
@@ -159,13 +162,13 @@ def _rank_memory(job: Job, rank: int, activations: int, sizes: list[int], full: 
     outside = outer_parameters(job.model, parallel.tp, embedding=first, head=last)
     count = layers * layer + outside
     divided = parallel.zero == 3 and n > 1  # one rank has nothing to divide: flat buffers
-    masters = e < wide and not divided
+    masters = 0 if divided or e == wide else 2 if job.remainders and e == 2 else wide
     return RankMemory(
         pp_rank=rank,
         parameters=count,
         weights=-(-count // n) * wide if divided else count * e,
         gradients=-(-count // n) * wide if divided else count * wide,
-        optimizer=(2 + masters) * wide * -(-count // n),
+        optimizer=(2 * wide + masters) * -(-count // n),
         quantized=layers * layer_copies(job.model, parallel.tp)
         if job.fp8_copies and job.num_microbatches > 1 and not divided
         else 0,

@@ -111,6 +111,7 @@ def plan_run(config: RunConfig, processes: int) -> RunPlan:
         seq_length=train.seq_length,
         gpu=train.device != "cpu",
         fp8_copies=train.precision == "fp8" and train.fp8_copies,
+        remainders=config.optimizer.store_param_remainders,
     )
     stages = plan_stages(model, parallel, train.seq_length)
     shape = StepShape(

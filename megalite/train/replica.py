@@ -227,6 +227,7 @@ def build_replica(
     num_microbatches: int = 0,
     compile_backend: str = "",
     fp8: Scaling | None = None,
+    remainders: bool = True,
 ) -> Replica:
     """Make this process's part of the model and its state.
 
@@ -242,6 +243,7 @@ def build_replica(
             0: as many as the pipeline has stages.
         compile_backend: of `torch.compile`, for the blocks; empty compiles nothing.
         fp8: multiply in FP8 in the blocks, with this scaling.
+        remainders: see `make_state`.
     """
     plan = plan_stages(config, parallel, seq_length or micro_batch_tokens)
     own = plan.stages_of(mesh.pp.rank)
@@ -268,5 +270,5 @@ def build_replica(
         compile_blocks(model, compile_backend)
     fill(model)
     use_fp8(model, fp8)
-    state = make_state(model, mesh, dtype, parallel)
+    state = make_state(model, mesh, dtype, parallel, remainders=remainders)
     return Replica(model, state, mesh, parallel, plan, micro_batch_tokens=micro_batch_tokens, dtype=dtype)

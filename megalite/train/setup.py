@@ -55,6 +55,7 @@ FREE_TO_CHANGE = {
         "steps", "micro_batch_size", "device", "threads", "log_interval", "profile", "max_skipped_steps", "init_from",
         "compile", "cuda_graph", "gc_interval", "fp8_copies",
     },
+    "optimizer": {"store_param_remainders"},
 }  # fmt: skip
 """Settings that may differ when a run is continued: they change neither its data nor its arithmetic, or (the
 number of steps) are how a run is prolonged."""
@@ -122,7 +123,6 @@ def build_session(config: RunConfig, mesh: Mesh, *, replay_step: int | None = No
         state = load_state(found, manifest, replica.state, tensors, axis=host, tied_rank=tied)
         optimizer.step_count.copy_(state.pop("step_count"))
         guard.load_state(state)
-
     flops = flops_per_token(config.model, config.train.seq_length, fp8_scaling(config, precision))
     trainer = _make_trainer(
         config,
@@ -204,6 +204,7 @@ def _make_replica(config: RunConfig, mesh: Mesh, precision: Precision, *, filled
         num_microbatches=config.train.global_batch_size // (config.train.micro_batch_size * mesh.dp.size),
         compile_backend="inductor" if config.train.compile else "",
         fp8=fp8_scaling(config, precision),
+        remainders=config.optimizer.store_param_remainders,
     )
     replica.fp8_copies = config.train.fp8_copies
     return replica

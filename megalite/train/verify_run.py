@@ -268,9 +268,7 @@ def _step(replica: Replica, batches: list[MicroBatch]) -> tuple[float, float]:
 def _descend(state: ModelState) -> None:
     """One step of SGD on this process's part of the state."""
     for shard in state.optimizer_shards():
-        shard.master.sub_(shard.main_grad, alpha=RATE)
-        if shard.weights is not shard.master:
-            shard.weights.copy_(shard.master)
+        shard.set_values(shard.values.sub_(shard.main_grad, alpha=RATE))
     state.publish()
 
 

@@ -133,6 +133,7 @@ TABLE: dict[str, Op] = {
     "megalite.scaled_copy": _LOSS,
     # The optimizer.
     "megalite.adamw_": Op(OPTIMIZER),
+    "megalite.adamw_remainder_": Op(OPTIMIZER),
     "megalite.adamw_stochastic_": Op(OPTIMIZER),
     "megalite.grad_norm": Op(OPTIMIZER),
     "megalite.grad_norms": Op(OPTIMIZER),

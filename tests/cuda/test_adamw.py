@@ -176,3 +176,43 @@ def test_one_launch_moves_what_the_header_says() -> None:
 
 def test_a_beta_of_zero_has_a_logarithm() -> None:
     assert adamw._log(0.0) == -1e3
+
+
+def test_remainders_hold_every_master() -> None:
+    """A few of those of the ops' tests: a kernel takes long to emulate."""
+    masters = ops.extreme_masters()
+    ops.keeps_masters(torch.cat([masters[::4_099], masters[32_768::65_536], masters[-1:]]), "cuda")
+
+
+@pytest.mark.parametrize("size", [1, 7, 256, 701])
+def test_remainders_are_updated_as_masters_are(size: int) -> None:
+    ops.test_remainders_are_updated_as_masters_are(size, "cuda")
+
+
+@pytest.mark.parametrize("value", [torch.nan, 1.0])
+def test_a_skipped_step_changes_no_bit_of_a_remainder(value: float) -> None:
+    ops.test_a_skipped_step_changes_no_bit_of_a_remainder(value, "cuda")
+    ops.test_a_master_that_becomes_nan_stays_nan("cuda")
+
+
+def test_remainders_may_begin_anywhere() -> None:
+    found = []
+    for start in (0, 1, 2):
+        params, master, *moments, grads = state(300, torch.bfloat16)
+        params, low = reference.split(master)
+        low = torch.cat([low.new_full((start,), -1), low])[start:]
+        with mk.use_backend("cuda"):
+            mk.adamw_(params, None, *moments, grads, remainder=low, **ops.SETTINGS, **ops.scalars(3))
+        found.append(reference.join(params, low))
+    assert all(torch.equal(other, found[0]) for other in found[1:])
+
+
+def test_a_remainder_halves_what_is_moved_of_the_master() -> None:
+    size = 512
+    params, master, *moments, grads = state(size, torch.bfloat16)
+    params, low = reference.split(master)
+    with mk.use_backend("cuda"), emulated.reporting() as reports:
+        mk.adamw_(params, None, *moments, grads, remainder=low, **ops.SETTINGS, **ops.scalars(3))
+    (report,) = reports
+    assert report.global_written_bytes == size * 12
+    assert report.global_read_bytes == size * 16 + 2 * kernels.THREADS * (4 + 8 + 4 + 1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import megalite_kernels as mk
+from megalite_kernels.reference import adamw as reference
 from megalite_kernels.testing import assert_as_accurate
 from tests.ops.catalogue import BACKENDS, DTYPES, random
 
@@ -62,6 +63,112 @@ def test_a_skipped_step_changes_no_bit(value: float, dtype: torch.dtype, backend
         mk.adamw_(*state, grads, **SETTINGS, **scalars(1, skip=True))
     for old, new in zip(before, state, strict=True):
         assert torch.equal(old.view(torch.uint8), new.view(torch.uint8))
+
+
+def extreme_masters() -> Tensor:
+    """Every low half under high halves of all exponents and of edges: 0, subnormal, largest, infinite, NaN."""
+    edges = [0x0000, 0x0001, 0x007F, 0x0080, 0x3F7F, 0x3F80, 0x7F7E, 0x7F7F, 0x7F80, 0x7F81, 0x7FFF]
+    highs = torch.tensor(edges + [(e << 7) | (37 * e & 0x7F) for e in range(0, 255, 5)])
+    highs = torch.cat([highs, highs + 0x8000])  # negative
+    patterns = (highs.unsqueeze(1) << 16) + torch.arange(1 << 16)
+    return patterns.flatten().to(torch.int32).view(torch.float32)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal patterns; any NaN is like any other."""
+    nan = torch.isnan(a) & torch.isnan(b)
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.element_size()]
+    return a.dtype == b.dtype and bool(((a.view(whole) == b.view(whole)) | nan).all())
+
+
+def test_remainders_hold_every_master() -> None:
+    master = extreme_masters()
+    params, remainder = reference.split(master)
+    assert same_bits(reference.join(params, remainder), master)
+    assert torch.equal(params.isnan(), master.isnan())
+    usual = master.bfloat16()
+    low = master.view(torch.int32) & 0xFFFF
+    tie = (low == 0x8000) & ((master.view(torch.int32) >> 16) & 1 == 0) & master.isfinite()
+    assert same_bits(params[~tie], usual[~tie])
+    assert torch.equal(params.view(torch.int16)[tie], usual.view(torch.int16)[tie] + 1)
+    assert (params.isfinite() == usual.isfinite()).all()
+
+
+def test_remainders_of_any_shape() -> None:
+    master = random(6, 10).t()[1:, :3]
+    params, remainder = reference.split(master)
+    assert params.shape == remainder.shape == master.shape
+    assert torch.equal(reference.join(params, remainder), master)
+
+
+def keeps_masters(master: Tensor, backend: str) -> None:
+    """A step that changes nothing keeps every bit, but for those that a back-end may flush or whose sign is lost."""
+    master = master[master.isnan() | (master.abs() >= 2**-126)]
+    params, remainder = reference.split(master)
+    zeros = torch.zeros_like(master)
+    options = {**SETTINGS, "weight_decay": 0.0, **scalars(1)}
+    with mk.use_backend(backend):
+        mk.adamw_(params, None, zeros.clone(), zeros.clone(), zeros, remainder=remainder, **options)
+    assert same_bits(reference.join(params, remainder), master)
+    assert same_bits(params, reference.split(master)[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_that_changes_nothing_keeps_every_master(backend: str) -> None:
+    keeps_masters(extreme_masters(), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [1, 7, 64, 100_003])
+def test_remainders_are_updated_as_masters_are(size: int, backend: str) -> None:
+    """Three steps of each, from masters of which many are ties: the same bits."""
+    master = random(size).view(torch.int32)
+    master[::3] = master[::3] & ~0xFFFF | 0x8000
+    master = master.view(torch.float32)
+    params, remainder = reference.split(master)
+    usual, (m, v) = master.bfloat16(), (torch.zeros(size), torch.zeros(size))
+    moments = m.clone(), v.clone()
+    with mk.use_backend(backend):
+        for step in range(1, 4):
+            grads, options = random(size, seed=step, scale=0.1), {**SETTINGS, **scalars(step, clip=0.25)}
+            mk.adamw_(usual, master, m, v, grads, **options)
+            mk.adamw_(params, None, *moments, grads, remainder=remainder, **options)
+    assert torch.equal(reference.join(params, remainder), master)
+    assert torch.equal(moments[0], m)
+    assert torch.equal(moments[1], v)
+    assert torch.equal(params, reference.split(master)[0])
+
+
+def skips(master: Tensor, value: float, backend: str) -> None:
+    """A skipped step changes no bit of masters in two parts."""
+    params, remainder = reference.split(master)
+    state = [params, remainder, torch.zeros(len(params)), torch.zeros(len(params))]
+    before = [t.clone() for t in state]
+    grads = torch.full((len(params),), value)
+    with mk.use_backend(backend):
+        mk.adamw_(params, None, *state[2:], grads, remainder=remainder, **SETTINGS, **scalars(1, skip=True))
+    for old, new in zip(before, state, strict=True):
+        assert torch.equal(old.view(torch.uint8), new.view(torch.uint8))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [torch.nan, 1.0])
+def test_a_skipped_step_changes_no_bit_of_a_remainder(value: float, backend: str) -> None:
+    skips(extreme_masters()[::4097], value, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_master_that_becomes_nan_stays_nan(backend: str) -> None:
+    """Whatever its payload: the last one's is all ones, which rounded as a number would be -0."""
+    params, remainder = reference.split(torch.tensor([1.0, 1.0, 1.0, -0.0]))
+    remainder[3] = -1
+    moments = torch.zeros(4), torch.zeros(4)
+    grads = torch.tensor([torch.nan, torch.inf, 0.0, 0.0])
+    with mk.use_backend(backend):
+        mk.adamw_(params, None, *moments, grads, remainder=remainder, **SETTINGS, **scalars(1))
+    found = reference.join(params, remainder)
+    for tensor in (params, found):
+        assert tensor.isnan().tolist() == [True, True, False, True]
 
 
 def stochastic_buffers(size: int) -> list[Any]:
@@ -189,11 +296,24 @@ def test_errors_name_value_and_limit() -> None:
         mk.adamw_(*state, grads, **{**SETTINGS, "weight_decay": -0.1}, **scalars(1))
     with pytest.raises(ValueError, match=r"lr has shape \[1\], but a 0-dim tensor on the device needs \[\]"):
         mk.adamw_(*state, grads, **SETTINGS, **{**scalars(1), "lr": torch.ones(1)})
-    with pytest.raises(ValueError, match=r"pass a master, or a seed for stochastic rounding, not both"):
+    with pytest.raises(ValueError, match=r"master and seed given: pass a master, its remainder, or a seed"):
         mk.adamw_(*state, grads, **SETTINGS, **scalars(1), seed=torch.tensor(1))
-    with pytest.raises(ValueError, match=r"pass a master, or a seed for stochastic rounding, not both"):
+    with pytest.raises(ValueError, match=r"nothing given: pass a master, its remainder, or a seed"):
         mk.adamw_(state[0], None, *state[2:], grads, **SETTINGS, **scalars(1))
-    with pytest.raises(ValueError, match=r"params has dtype torch.float32: stochastic rounding"):
+    with pytest.raises(
+        ValueError, match=r"params has dtype torch.float32: a seed instead of a master is for bfloat16"
+    ):
         mk.adamw_(state[1], None, *state[2:], grads, **SETTINGS, **scalars(1), seed=torch.tensor(1))
+    low = torch.zeros(10, dtype=torch.int16)
+    with pytest.raises(
+        ValueError, match=r"master and remainder given: pass a master, its remainder, or a seed"
+    ):
+        mk.adamw_(*state, grads, **SETTINGS, **scalars(1), remainder=low)
+    with pytest.raises(
+        ValueError, match=r"params has dtype torch.float32: a remainder instead of a master is for bfloat16"
+    ):
+        mk.adamw_(state[1], None, *state[2:], grads, **SETTINGS, **scalars(1), remainder=low)
+    with pytest.raises(ValueError, match=r"remainder has dtype torch.int32: remainders are int16"):
+        mk.adamw_(state[0], None, *state[2:], grads, **SETTINGS, **scalars(1), remainder=low.int())
     with pytest.raises(ValueError, match=r"seed has dtype torch.int32: pass a 0-dim int64 tensor"):
         mk.adamw_(state[0], None, *state[2:], grads, **SETTINGS, **scalars(1), seed=torch.tensor(1).int())

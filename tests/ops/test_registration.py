@@ -83,6 +83,10 @@ CALLS: dict[str, tuple[Any, ...]] = {
         *(random(8, seed=i).abs() for i in range(5)), torch.tensor(1e-3), 0.9, 0.95, 1e-8, 0.1, torch.tensor(1),
         torch.tensor(1.0), torch.tensor(False),
     ),
+    "adamw_remainder_": (
+        random(8).bfloat16(), random(8, seed=5, scale=1e4).short(), *(random(8, seed=i).abs() for i in range(1, 4)),
+        torch.tensor(1e-3), 0.9, 0.95, 1e-8, 0.1, torch.tensor(1), torch.tensor(1.0), torch.tensor(False),
+    ),
     "adamw_stochastic_": (
         random(8).bfloat16(), *(random(8, seed=i).abs() for i in range(1, 4)), torch.tensor(1e-3), 0.9, 0.95, 1e-8,
         0.1, torch.tensor(1), torch.tensor(1.0), torch.tensor(False), torch.tensor(5),

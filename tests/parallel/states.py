@@ -100,9 +100,7 @@ def sgd(state: ModelState) -> None:
     """One SGD step on what this process owns, published."""
     with torch.no_grad():
         for shard in state.optimizer_shards():
-            shard.master.sub_(shard.main_grad, alpha=RATE)
-            if shard.weights is not shard.master:
-                shard.weights.copy_(shard.master)
+            shard.set_values(shard.values.sub_(shard.main_grad, alpha=RATE))
     state.publish()
 
 
@@ -119,6 +117,7 @@ def steps_on_rank(
     steps: int = 3,
     compute: torch.dtype | None = None,
     change: Callable[[Any], None] = lambda state: None,
+    remainders: bool = True,
 ) -> RankSteps:
     """This rank's part of the steps; the weights are computed with in `compute` (default: dtype).
 
@@ -126,7 +125,7 @@ def steps_on_rank(
     """
     mesh = mesh_of_group(layout, CPU)
     model = build(MODELS[name], TensorSplit(mesh.tp, layout.sequence_parallel and mesh.tp.size > 1), dtype)
-    state = make_state(model, mesh, compute or dtype, layout)
+    state = make_state(model, mesh, compute or dtype, layout, remainders=remainders)
     change(state)
     scale, outcome = 1 / valid_labels(batches), RankSteps(copies=state.box_copies())
     mine = batches[mesh.dp.rank :: mesh.dp.size]

@@ -10,6 +10,7 @@ from megalite.parallel.data import FlatBuffers
 from megalite.parallel.mesh import Mesh
 from megalite.parallel.pieces import iter_pieces
 from megalite.parallel.random import initialize
+from megalite_kernels.reference.adamw import split
 
 CONFIG = ModelConfig(
     vocab_size=301, num_layers=2, hidden_size=32, ffn_hidden_size=40, num_attention_heads=4, qk_norm=True,
@@ -20,11 +21,11 @@ CPU = Mesh(device=torch.device("cpu"))
 
 
 def make(
-    dtype: torch.dtype = torch.float32, parallel: ParallelConfig = SMALL_BUCKETS
+    dtype: torch.dtype = torch.float32, parallel: ParallelConfig = SMALL_BUCKETS, *, remainders: bool = True
 ) -> tuple[Transformer, FlatBuffers]:
     model = Transformer(CONFIG)
     initialize(model, 0)
-    return model, FlatBuffers(model, CPU, dtype, parallel)
+    return model, FlatBuffers(model, CPU, dtype, parallel, remainders=remainders)
 
 
 def test_layout_is_reversed_aligned_padded_and_complete():
@@ -87,19 +88,24 @@ def test_gradients_add_up_in_fp32_over_micro_batches(dtype):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_masters_keep_what_bf16_rounds_away():
-    model, buffers = make(torch.bfloat16)
+@pytest.mark.parametrize("remainders", [True, False])
+def test_masters_keep_what_bf16_rounds_away(remainders):
+    model, buffers = make(torch.bfloat16, remainders=remainders)
+    named = {piece.name: p.detach()[piece.rows[0] : piece.rows[1]] for p, _, piece in iter_pieces(model)}
     reference = Transformer(CONFIG)
     initialize(reference, 0)
     expected = {piece.name: p[piece.rows[0] : piece.rows[1]] for p, _, piece in iter_pieces(reference)}
     for box in buffers.boxes("master"):
         assert torch.equal(box.tensor, expected[box.piece.name])
     assert next(model.parameters()).dtype == torch.bfloat16
-    for bucket in buffers.buckets:
-        bucket.master.add_(1.0)
+    for shard in buffers.optimizer_shards():
+        shard.set_values(shard.values.add(1.0))
     buffers.copy_master_to_weights()
-    for bucket in buffers.buckets:
-        assert torch.equal(bucket.weights, bucket.master.bfloat16())
+    for box in buffers.boxes("master"):
+        wanted = expected[box.piece.name] + 1.0
+        assert torch.equal(box.tensor, wanted)
+        rounded = split(wanted)[0] if remainders else wanted.bfloat16()
+        assert torch.equal(named[box.piece.name], rounded)
 
 
 def test_padding_rows_never_get_a_gradient_or_a_value():

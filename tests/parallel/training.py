@@ -64,9 +64,7 @@ def valid_labels(batches: list[MicroBatch]) -> int:
 def descend(state: ModelState, step: int, learning_rate: float = 0.1) -> None:
     """Plain gradient descent, in every step the same."""
     for shard in state.optimizer_shards():
-        shard.master.sub_(shard.main_grad, alpha=learning_rate)
-        if shard.weights is not shard.master:
-            shard.weights.copy_(shard.master)
+        shard.set_values(shard.values.sub_(shard.main_grad, alpha=learning_rate))
 
 
 def train_layout(

@@ -275,7 +275,7 @@ def test_a_non_finite_step_is_skipped_counted_and_named(dataset, tmp_path):
 
     def state() -> list[torch.Tensor]:
         shards = trainer.state.optimizer_shards()
-        return [t.clone() for s in shards for t in (s.weights, s.master, s.exp_avg, s.exp_avg_sq)]
+        return [t.clone() for s in shards for t in (s.weights, s.values, s.exp_avg, s.exp_avg_sq)]
 
     before, count = state(), trainer.optimizer.step_count.clone()
     result, _ = trainer.train_step(2, session.stop)

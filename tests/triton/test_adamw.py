@@ -106,3 +106,22 @@ def test_a_long_run_is_as_the_reference() -> None:
         found.append((master, m, v))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_remainders_hold_every_master() -> None:
+    """Those of the ops' tests, of which each kernel takes a few: a program takes long to interpret."""
+    masters = ops.extreme_masters()
+    masters = torch.cat([masters[::65_521], masters[32_768::65_536], masters[-1:]])
+    ops.keeps_masters(masters, "triton")
+
+
+@pytest.mark.parametrize("size", [1, 7, 101])
+def test_remainders_are_updated_as_masters_are(size: int) -> None:
+    ops.test_remainders_are_updated_as_masters_are(size, "triton")
+
+
+@pytest.mark.parametrize("value", [torch.nan, 1.0])
+def test_a_skipped_step_changes_no_bit_of_a_remainder(value: float) -> None:
+    params = ops.extreme_masters()[::65_521]
+    ops.skips(params, value, "triton")
+    ops.test_a_master_that_becomes_nan_stays_nan("triton")

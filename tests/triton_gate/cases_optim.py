@@ -24,6 +24,11 @@ def _step(dtype: torch.dtype) -> None:
     adamw.step_(_flat(dtype), _flat(), _flat(), _flat(), _flat(), *_scalars())  # type: ignore[arg-type]
 
 
+def _remainder_step() -> None:
+    state = _flat(torch.int16), _flat(), _flat(), _flat()
+    adamw.remainder_step_(_flat(torch.bfloat16), *state, *_scalars())  # type: ignore[arg-type]
+
+
 def _stochastic_step() -> None:
     seed = torch.empty((), dtype=torch.int64, device="meta")
     state = _flat(), _flat(), _flat()
@@ -33,6 +38,7 @@ def _stochastic_step() -> None:
 CASES = [
     Case("adamw_ 100M bf16 with master", lambda: _step(torch.bfloat16)),
     Case("adamw_ 100M fp32 its own master", lambda: _step(torch.float32)),
+    Case("adamw_remainder_ 100M bf16", _remainder_step),
     Case("adamw_stochastic_ 100M bf16", _stochastic_step),
     Case("grad_norm 100M fp32", lambda: grad_norm.norm([_flat()])),
     Case("grad_norm 100M bf16", lambda: grad_norm.norm([_flat(torch.bfloat16)])),

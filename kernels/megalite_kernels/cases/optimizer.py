@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalite_kernels.cases.base import Case, Inputs, Shape, Work, normal
+from megalite_kernels.cases.base import Case, Inputs, Shape, Work, choices, normal
 from megalite_kernels.ops.adamw import adamw_
 from megalite_kernels.ops.grad_norm import grad_norm
 from megalite_kernels.reference import adamw as reference
@@ -69,6 +69,46 @@ def _torch_step(*tensors: Tensor) -> None:
     params.copy_(master)
 
 
+def _remainder_state(shape: Shape, generator: torch.Generator) -> Inputs:
+    state = _state(shape, generator)
+    remainder = choices(generator, 1 << 16, shape["n"]) - (1 << 15)
+    return Inputs(state.leaves, [remainder.to(torch.int16), *state.fixed[1:]])
+
+
+def _remainder(*tensors: Tensor) -> None:
+    params, remainder, exp_avg, exp_avg_sq, grads, lr, step, clip, skip = tensors
+    adamw_(
+        params, None, exp_avg, exp_avg_sq, grads, lr=lr, step=step, clip_coefficient=clip, skip=skip,
+        remainder=remainder, **SETTINGS,
+    )  # fmt: skip
+
+
+def _plain_remainder(*tensors: Tensor) -> None:
+    """Of the same masters; in a wider type their update is not rounded to bf16."""
+    params, remainder, exp_avg, exp_avg_sq, grads, lr, step, clip, skip = tensors
+    options = {**SETTINGS, "step": step, "clip_coefficient": clip, "skip": skip}
+    if params.dtype != torch.bfloat16:
+        master = reference.join(params.bfloat16(), remainder).to(params.dtype)
+        reference.step_(params, master, exp_avg, exp_avg_sq, grads, lr, **options)
+    else:
+        reference.remainder_step_(params, remainder, exp_avg, exp_avg_sq, grads, lr, **options)
+
+
+def _torch_remainder(*tensors: Tensor) -> None:
+    """torch's fused AdamW on the master put together, which is taken apart again."""
+    params, remainder, *rest = tensors
+    master = reference.join(params, remainder)
+    _torch_step(params, master, *rest)
+    high, low = reference.split(master)
+    params.copy_(high)
+    remainder.copy_(low)
+
+
+def _remainder_work(shape: Shape, itemsize: int) -> Work:
+    # parameter and remainder, two moments and the gradient in; all but the gradient out
+    return Work(shape["n"] * (24 + 2 * itemsize), 0, 15 * shape["n"], 0)
+
+
 def _stochastic_state(shape: Shape, generator: torch.Generator) -> Inputs:
     state = _state(shape, generator)
     return Inputs(state.leaves, [*state.fixed[1:], torch.tensor(11, device=generator.device)])
@@ -121,6 +161,8 @@ def _plain_norm(grads: Tensor) -> Tensor:
 CASES = (
     Case("adamw_", "adamw_", _ours, _plain, _state, _adamw_work, eager=_torch_step, grads=False,
          written=(0, 1, 2, 3), **SIZES),
+    Case("adamw_", "adamw_ remainder", _remainder, _plain_remainder, _remainder_state, _remainder_work, grads=False,
+         written=(0, 2, 3), dtypes=(torch.bfloat16,), eager=_torch_remainder, **SIZES),
     Case("adamw_", "adamw_ stochastic", _stochastic, _plain_stochastic, _stochastic_state, _stochastic_work,
          grads=False, written=(0, 1, 2), dtypes=(torch.bfloat16,), eager=_torch_stochastic, **SIZES),
     Case("grad_norm", "grad_norm", grad_norm, _plain_norm, _norm_inputs,

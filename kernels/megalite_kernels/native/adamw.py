@@ -36,6 +36,29 @@ def step_(
     )  # fmt: skip
 
 
+def remainder_step_(
+    params: Tensor,
+    remainder: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grads: Tensor,
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: Tensor,
+    clip_coefficient: Tensor,
+    skip: Tensor,
+) -> None:
+    """Backend "cpu" of `adamw_remainder_`."""
+    if bool(skip):
+        return
+    options = _options(lr, beta1, beta2, eps, weight_decay, step, clip_coefficient)
+    pointers = (address(params), address(remainder), address(exp_avg), address(exp_avg_sq), address(grads))
+    _C.adamw_remainder(*pointers, params.numel(), *options, threads())
+
+
 def stochastic_step_(
     params: Tensor,
     exp_avg: Tensor,

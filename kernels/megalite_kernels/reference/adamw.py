@@ -1,5 +1,11 @@
 """AdamW on flat buffers in plain torch. Source: Loshchilov and Hutter, "Decoupled Weight Decay", 2019.
 
+With remainders the fp32 master is the bf16 parameter and 16 bits more (`join`, `split`): its pattern is the
+parameter's, shifted up by 16, plus the remainder, a signed number. The parameter is the master rounded to the nearest
+bf16; where two are equally near, the one farther from zero, because the remainder of the other would be 2^15, one more
+than 16 bits hold. `Tensor.to(bfloat16)` takes the even one of the two: it differs at every other tie, one number in
+131,072. Every finite master, and infinity, comes back to the bit. NaN stays NaN, its payload is lost.
+
 Stochastic rounding takes its random bits from `rounding_bits`, which every backend computes alike.
 Source of the hash: Wellons, "Prospecting for Hash Functions", 2018 (its lowbias32).
 """
@@ -35,6 +41,47 @@ def step_(
     exp_avg.copy_(torch.where(keep, exp_avg, m))
     exp_avg_sq.copy_(torch.where(keep, exp_avg_sq, v))
     params.copy_(new_params)
+
+
+def remainder_step_(
+    params: Tensor,
+    remainder: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grads: Tensor,
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: Tensor,
+    clip_coefficient: Tensor,
+    skip: Tensor,
+) -> None:
+    """`step_` with the master that bf16 params and their int16 remainders make."""
+    master = join(params, remainder)
+    m, v, updated = _updated(
+        master, exp_avg, exp_avg_sq, grads, lr, beta1, beta2, eps, weight_decay, step, clip_coefficient
+    )
+    keep = skip.to(torch.bool)
+    high, low = split(updated)
+    exp_avg.copy_(torch.where(keep, exp_avg, m))
+    exp_avg_sq.copy_(torch.where(keep, exp_avg_sq, v))
+    params.copy_(torch.where(keep, params, high))
+    remainder.copy_(torch.where(keep, remainder, low))
+
+
+def join(params: Tensor, remainder: Tensor) -> Tensor:
+    """The fp32 masters whose upper parts are bf16 params, and whose lower ones int16 remainders; of any shape."""
+    return (params.view(torch.int16).to(torch.int32) << 16).add_(remainder).view(torch.float32)
+
+
+def split(master: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 masters of any shape as (bf16 params, int16 remainders): what `join` undoes."""
+    bits = torch.where(master.isnan(), torch.nan, master).view(torch.int32)
+    high = (bits + 0x8000) >> 16
+    low = bits.sub_(high << 16)
+    return high.to(torch.int16).view(torch.bfloat16), low.to(torch.int16)
 
 
 def stochastic_step_(

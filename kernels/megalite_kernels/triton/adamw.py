@@ -59,17 +59,34 @@ def round_stochastic(x, bits):
 
 
 @triton.jit
+def split(x):
+    """fp32 as its pattern's bf16 part, to the nearest, and the int16 rest of it; NaN without its payload."""
+    pattern = tl.where(x == x, x.to(tl.uint32, bitcast=True), 0x7FC00000)
+    high = ((pattern + 0x8000) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return high, pattern.to(tl.uint16).to(tl.int16, bitcast=True)
+
+
+@triton.jit
+def join(high, low):
+    """What `split` was given."""
+    pattern = (high.to(tl.int16, bitcast=True).to(tl.int32) << 16) + low.to(tl.int32)
+    return pattern.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def step_kernel(
     params_ptr, master_ptr, exp_avg_ptr, exp_avg_sq_ptr, grads_ptr, lr_ptr, step_ptr, clip_ptr, skip_ptr, seed_ptr,
     size, first_index,
     BETA1: tl.constexpr, BETA2: tl.constexpr, LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, EPS: tl.constexpr,
-    WEIGHT_DECAY: tl.constexpr, HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
+    WEIGHT_DECAY: tl.constexpr, HAS_MASTER: tl.constexpr, REMAINDER: tl.constexpr, STOCHASTIC: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid [size / BLOCK]; a program owns BLOCK elements of every buffer.
 
     Reads master, two moments and the gradient, writes master, the moments and the parameters: 28 bytes and a
-    parameter each; with stochastic rounding, which has no master, 20 and twice a parameter. Computed in fp32. Where
-    skip is true the size is taken as 0: nothing is read or written.
+    parameter each; with stochastic rounding, which has no master, 20 and twice a parameter. With REMAINDER the master's
+    place is taken by int16 (28 bytes in all). Computed in fp32. Where skip is true the size is taken as 0: nothing is
+    read or written.
     """
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < tl.where(tl.load(skip_ptr), 0, size)
@@ -77,8 +94,12 @@ def step_kernel(
     count = step.to(tl.float32)
     step_size = lr / bias_correction(count, LOG_BETA1)
     root_correction = tl.sqrt(bias_correction(count, LOG_BETA2))
-    value_ptr = master_ptr if HAS_MASTER else params_ptr
-    value = tl.load(value_ptr + index, mask=mask, other=0.0).to(tl.float32)
+    if REMAINDER:
+        high = tl.load(params_ptr + index, mask=mask, other=0.0)
+        value = join(high, tl.load(master_ptr + index, mask=mask, other=0))
+    else:
+        value_ptr = master_ptr if HAS_MASTER else params_ptr
+        value = tl.load(value_ptr + index, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(grads_ptr + index, mask=mask, other=0.0) * tl.load(clip_ptr).to(tl.float32)
     m = tl.load(exp_avg_ptr + index, mask=mask, other=0.0) * BETA1 + g * (1.0 - BETA1)
     v = tl.load(exp_avg_sq_ptr + index, mask=mask, other=0.0) * BETA2 + g * g * (1.0 - BETA2)
@@ -87,7 +108,11 @@ def step_kernel(
     tl.store(exp_avg_sq_ptr + index, v, mask=mask)
     if HAS_MASTER:
         tl.store(master_ptr + index, value, mask=mask)
-    if STOCHASTIC:
+    if REMAINDER:
+        high, low = split(value)
+        tl.store(master_ptr + index, low, mask=mask)
+        tl.store(params_ptr + index, high, mask=mask)
+    elif STOCHASTIC:
         bits = rounding_bits(tl.load(seed_ptr), step.to(tl.int64), first_index + index)
         tl.store(params_ptr + index, round_stochastic(value, bits), mask=mask)
     else:
@@ -101,7 +126,8 @@ def _update(
     scalars: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     options: tuple[float, float, float, float],
     *,
-    stochastic: bool,
+    remainder: bool = False,
+    stochastic: bool = False,
 ) -> None:
     """One launch for the multiple of ALIGNED elements, and one for the rest if there is any."""
     config = STEP.pick()
@@ -116,7 +142,8 @@ def _update(
             config,
             value, value if master is None else master[part], *(x[part] for x in state), *scalars, size, first,
             BETA1=beta1, BETA2=beta2, LOG_BETA1=_log(beta1), LOG_BETA2=_log(beta2), EPS=eps,
-            WEIGHT_DECAY=weight_decay, HAS_MASTER=master is not None, STOCHASTIC=stochastic,
+            WEIGHT_DECAY=weight_decay, HAS_MASTER=master is not None and not remainder, REMAINDER=remainder,
+            STOCHASTIC=stochastic,
         )  # fmt: skip
 
 
@@ -136,7 +163,21 @@ def step_(
         (exp_avg, exp_avg_sq, grads),
         (lr, step, clip_coefficient, skip, skip),  # no seed: a placeholder
         (beta1, beta2, eps, weight_decay),
-        stochastic=False,
+    )
+
+
+def remainder_step_(
+    params: Tensor, remainder: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grads: Tensor, lr: Tensor,
+    beta1: float, beta2: float, eps: float, weight_decay: float, step: Tensor, clip_coefficient: Tensor, skip: Tensor,
+) -> None:  # fmt: skip
+    """Backend "triton" of `adamw_remainder_`."""
+    _update(
+        params,
+        remainder,
+        (exp_avg, exp_avg_sq, grads),
+        (lr, step, clip_coefficient, skip, skip),
+        (beta1, beta2, eps, weight_decay),
+        remainder=True,
     )
 
 

@@ -28,6 +28,19 @@ def step_(
     )
 
 
+def remainder_step_(
+    params: Tensor, remainder: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grads: Tensor, lr: Tensor,
+    beta1: float, beta2: float, eps: float, weight_decay: float, step: Tensor, clip_coefficient: Tensor, skip: Tensor,
+) -> None:  # fmt: skip
+    """Backend "cuda" of `adamw_remainder_`."""
+    _update(
+        kernels.step("bf16", master=False, remainder=True),
+        (params, remainder, exp_avg, exp_avg_sq, grads),
+        (lr, step, clip_coefficient, skip, None),
+        (beta1, beta2, eps, weight_decay),
+    )
+
+
 def stochastic_step_(
     params: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grads: Tensor, lr: Tensor,
     beta1: float, beta2: float, eps: float, weight_decay: float, step: Tensor, clip_coefficient: Tensor, skip: Tensor,

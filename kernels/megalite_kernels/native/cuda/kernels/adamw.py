@@ -13,8 +13,12 @@ GROUP = 4
 
 
 @cache
-def step(param: str, *, master: bool, stochastic: bool = False) -> Kernel:
+def step(param: str, *, master: bool, remainder: bool = False, stochastic: bool = False) -> Kernel:
     """The kernel for parameters of type `param`: "float", "bf16" or "fp16"."""
+    if remainder:
+        return instance(
+            "adamw.cuh", "adamw", threads=THREADS, PARAM=param, MASTER=int(master), REMAINDER=1, ITEMS=ITEMS
+        )
     return instance(
         "adamw.cuh", "adamw", threads=THREADS, PARAM=param, MASTER=int(master), STOCHASTIC=int(stochastic),
         ITEMS=ITEMS,
@@ -31,5 +35,6 @@ SHIPPED = [
     step("float", master=True),
     step("bf16", master=True),
     step("fp16", master=True),
+    step("bf16", master=False, remainder=True),
     step("bf16", master=False, stochastic=True),
 ]
