@@ -105,9 +105,9 @@ def test_every_op_has_a_reference() -> None:
 @needs_native
 def test_the_native_library_serves_the_cpu() -> None:
     chosen = {choice.op: choice.backend for choice in mk.explain("cpu")}
-    # No CPU multiplies FP8: there it is emulated, to try its numerics.
+    # No CPU multiplies FP8: there it is emulated, to try its numerics, behind the native norms and activations.
     assert {op for op, name in chosen.items() if name != "cpu"} == {
-        op for op in chosen if op.startswith("fp8_")
+        op for op in chosen if op.startswith("fp8_") and not op.endswith("_fwd")
     }
 
 

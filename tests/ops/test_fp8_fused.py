@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import megalite_kernels as mk
+from megalite_kernels import backend
 from megalite_kernels.ops import fp8
 from megalite_kernels.ops.fp8_linear import quantize_weight
 from megalite_kernels.ops.quantized import QuantizedTensor
-from tests.ops.catalogue import BACKENDS, DTYPES, random
+from tests.ops.catalogue import BACKENDS, DTYPES, cpu_only, random
 
 ROWS, COLUMNS = 13, 48
 X, RESIDUAL, WEIGHT, BIAS = (
@@ -113,6 +115,21 @@ def test_a_weight_quantised_once_serves_both_products(scaling: Any) -> None:
     # It is these that are multiplied with.
     doubled = copies._replace(rows=(copies.rows[0], copies.rows[1] * 2))
     assert torch.equal(mk.fp8_linear(x, weight, scaling=scaling, quantized_weight=doubled), 2 * results[0][0])
+
+
+@cpu_only
+@pytest.mark.parametrize("op", ["fp8_quantize_rows", "fp8_rms_norm_fwd", "fp8_activation_fwd"])
+def test_gpus_without_fp8_are_passed_over(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    """Triton converts to e4m3fn from sm_89 on; plain torch does everywhere."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    supports = backend._implementations[op]["triton"].supports
+    assert supports is not None
+    with FakeTensorMode():
+        x = torch.empty(2, 16, device="cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert "NVIDIA A100 has compute capability 8.0" in str(supports(x))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert supports(x) is None
 
 
 def test_errors_name_value_and_limit() -> None:

@@ -57,6 +57,7 @@ def run(
     if not fused:
         unfuse(replica)
     replica.fp8_copies = copies
+    assert bool(replica._fp8_copies) == ("fp8" in more and not replica.gathers_weights)
     seen = []
     for step in range(2):
         with backend.recording() as record:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megalite_kernels._library import define
 from megalite_kernels.backend import register, register_lazy
-from megalite_kernels.ops.triton_support import TRITON, triton_supports
+from megalite_kernels.ops.triton_support import TRITON, triton_fp8_supports
 from megalite_kernels.reference import fp8 as reference
 from megalite_kernels.scaled_mm import scaled_mm, scaled_mm_supports
 
@@ -59,7 +59,7 @@ for _name in ("quantize_rows", "quantize_columns", "tensor_scale", "cast", "cast
         "triton",
         f"megalite_kernels.triton.fp8:{_name}",
         requires=TRITON,
-        supports=triton_supports,
+        supports=triton_fp8_supports,
     )
 register("fp8_product", "reference", reference.product)
 register("fp8_product", "cuda", scaled_mm, supports=scaled_mm_supports)

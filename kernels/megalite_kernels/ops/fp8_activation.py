@@ -18,7 +18,7 @@ from megalite_kernels.ops.activation import _activation_backward, _packed_backwa
 from megalite_kernels.ops.fp8_norm import fake_quantized
 from megalite_kernels.ops.native_support import NATIVE, native_supports
 from megalite_kernels.ops.quantized import QuantizedTensor
-from megalite_kernels.ops.triton_support import TRITON, triton_supports
+from megalite_kernels.ops.triton_support import TRITON, triton_fp8_supports
 from megalite_kernels.reference import fp8_fused as reference
 
 Activation = Literal["swiglu", "geglu", "gelu", "relu_squared"]
@@ -66,7 +66,7 @@ for _op, _name in (("fp8_activation_fwd", "forward"), ("fp8_glu_fwd", "packed_fo
         _op, "cpu", f"megalite_kernels.native.fp8_fused:{_name}", requires=NATIVE, supports=native_supports
     )
     _target = f"megalite_kernels.triton.fp8_activation:{_name}"
-    register_lazy(_op, "triton", _target, requires=TRITON, supports=triton_supports)
+    register_lazy(_op, "triton", _target, requires=TRITON, supports=triton_fp8_supports)
 
 
 class _Activation(torch.autograd.Function):

@@ -1,8 +1,9 @@
 """RMSNorm and LayerNorm whose output is quantised, row by row, before it leaves the kernel that makes it.
 
-Quantising it afterwards reads it once more: 2 of 7 bytes an element (4 of 11 with a residual) of what both kernels
-move in 16 bits, and a launch. With one scale for the whole tensor that can't be done: a row would be written before
-the largest element of the others is known.
+Quantising it afterwards reads it once more: 2 of 7 bytes an element (of 11 with a residual) of what both kernels move
+in 16 bits, and a launch. With one scale for the whole tensor that can't be done: a row would be written before the
+largest element of the others is known. (Its maximum could be a by-product: one of three reads fewer, 2 of 13 bytes.)
+The output itself is written too: the weight gradient reads it in 16 bits.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from megalite_kernels.ops.native_support import NATIVE, native_supports
 from megalite_kernels.ops.quantized import QuantizedTensor
 from megalite_kernels.ops.rms_norm import _backward as _rms_norm_backward
 from megalite_kernels.ops.rms_norm import row_statistic
-from megalite_kernels.ops.triton_support import TRITON, triton_supports
+from megalite_kernels.ops.triton_support import TRITON, triton_fp8_supports
 from megalite_kernels.reference import fp8_fused as reference
 
 
@@ -151,7 +152,11 @@ for _name in ("rms_norm", "rms_norm_residual", "layer_norm", "layer_norm_residua
         _op, "cpu", f"megalite_kernels.native.fp8_fused:{_name}", requires=NATIVE, supports=native_supports
     )
     register_lazy(
-        _op, "triton", f"megalite_kernels.triton.fp8_norm:{_name}", requires=TRITON, supports=triton_supports
+        _op,
+        "triton",
+        f"megalite_kernels.triton.fp8_norm:{_name}",
+        requires=TRITON,
+        supports=triton_fp8_supports,
     )
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from megalite_kernels.scaled_mm import lacks_fp8
+
 TRITON = "triton"
 """Module that must import for the "triton" backend."""
 
@@ -27,6 +29,14 @@ def triton_supports(*args: Any) -> str | None:
             if tensor.is_floating_point() and tensor.dtype not in _DTYPES:
                 return f"takes bfloat16, float16 and float32, not {tensor.dtype}"
     return None
+
+
+def triton_fp8_supports(*args: Any) -> str | None:
+    """As `triton_supports`, on GPUs that convert to FP8: elsewhere these kernels do not compile."""
+    reason = triton_supports(*args)
+    if reason is not None or args[0].device.type != "cuda":
+        return reason
+    return lacks_fp8(args[0].device)
 
 
 def triton_attention_supports(*args: Any) -> str | None:
