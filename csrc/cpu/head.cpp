@@ -54,7 +54,7 @@ namespace megalite {
 namespace {
 
 constexpr int64_t kSquare = 32;
-constexpr int64_t kStatBytes = 1 << 20;    // of the weight's rows that stay in the second cache
+constexpr int64_t kStatBytes = 512 << 10;  // of the weight's rows that stay in the second cache
 constexpr int64_t kGradBytes = 256 << 10;  // beside as much again turned, and twice as much of dweight's sums
 
 // Memory for several arrays, each from a page on.
