@@ -138,6 +138,12 @@ struct Segment {
   int64_t q_start, q_len, k_start, k_len, lse_start;
 };
 
+// Pairs of features (i, i + half) of token t turn by the angles in row t % rows, as in `rope`; half 0: none do.
+struct Rotation {
+  const float *cos, *sin;
+  int64_t half, rows;
+};
+
 struct AttentionShape {
   const Segment* segments;
   int64_t num_segments, heads, kv_heads, dim, lse_head_stride;
@@ -147,6 +153,7 @@ struct AttentionShape {
   float softcap;   // 0: none
   float scale;
   const float* sinks;  // [heads], may be null
+  Rotation rotation;   // of q and k as they are read; dq and dk are turned back
 };
 
 // out [tokens, heads, dim] contiguous; lse at lse_start + head * lse_head_stride + query.
@@ -155,7 +162,7 @@ void attention_forward(DType dtype, Strided q, Strided k, Strided v, void* out, 
 
 // dlse, laid out as lse, may be null. dsinks [segments, heads] is written if there are sinks: each document's share.
 void attention_backward(DType dtype, Strided dout, const float* dlse, Strided q, Strided k, Strided v, Strided out,
-                        const float* lse, void* dq, void* dk, void* dv, float* dsinks, AttentionShape shape,
+                        const float* lse, Strided dq, Strided dk, Strided dv, float* dsinks, AttentionShape shape,
                         int threads);
 
 // [rows, inner] where `inner_last`, else [inner, rows]; memory's rows are `stride` apart.

@@ -234,24 +234,30 @@ void bind_loss(py::module_& m) {
       Release());
 }
 
+// (cos, sin, half, rows)
+using RotationTuple = std::tuple<Address, Address, int64_t, int64_t>;
+
 // (segments' address, their number, heads, kv_heads, dim, lse_head_stride, causal, window, offset, softcap, scale,
-// sinks)
-using ShapeTuple =
-    std::tuple<Address, int64_t, int64_t, int64_t, int64_t, int64_t, bool, int64_t, int64_t, float, float, Address>;
+// sinks, rotation)
+using ShapeTuple = std::tuple<Address, int64_t, int64_t, int64_t, int64_t, int64_t, bool, int64_t, int64_t, float,
+                              float, Address, RotationTuple>;
 
 megalite::AttentionShape attention_shape(const ShapeTuple& t) {
-  return {at<const megalite::Segment>(std::get<0>(t)),
-          std::get<1>(t),
-          std::get<2>(t),
-          std::get<3>(t),
-          std::get<4>(t),
-          std::get<5>(t),
-          std::get<6>(t),
-          std::get<7>(t),
-          std::get<8>(t),
-          std::get<9>(t),
-          std::get<10>(t),
-          at<const float>(std::get<11>(t))};
+  const RotationTuple& turn = std::get<12>(t);
+  return {
+      at<const megalite::Segment>(std::get<0>(t)),
+      std::get<1>(t),
+      std::get<2>(t),
+      std::get<3>(t),
+      std::get<4>(t),
+      std::get<5>(t),
+      std::get<6>(t),
+      std::get<7>(t),
+      std::get<8>(t),
+      std::get<9>(t),
+      std::get<10>(t),
+      at<const float>(std::get<11>(t)),
+      {at<const float>(std::get<0>(turn)), at<const float>(std::get<1>(turn)), std::get<2>(turn), std::get<3>(turn)}};
 }
 
 void bind_attention(py::module_& m) {
@@ -266,11 +272,11 @@ void bind_attention(py::module_& m) {
   m.def(
       "attention_backward",
       [](int dtype, const StridedTuple& dout, Address dlse, const StridedTuple& q, const StridedTuple& k,
-         const StridedTuple& v, const StridedTuple& out, Address lse, Address dq, Address dk, Address dv,
-         Address dsinks, const ShapeTuple& shape, int threads) {
+         const StridedTuple& v, const StridedTuple& out, Address lse, const StridedTuple& dq, const StridedTuple& dk,
+         const StridedTuple& dv, Address dsinks, const ShapeTuple& shape, int threads) {
         megalite::attention_backward(DType(dtype), strided(dout), at<float>(dlse), strided(q), strided(k), strided(v),
-                                     strided(out), at<float>(lse), at(dq), at(dk), at(dv), at<float>(dsinks),
-                                     attention_shape(shape), threads);
+                                     strided(out), at<float>(lse), strided(dq), strided(dk), strided(dv),
+                                     at<float>(dsinks), attention_shape(shape), threads);
       },
       Release());
 }

@@ -48,7 +48,7 @@ void attention_forward(DType dtype, Strided q, Strided k, Strided v, void* out, 
 }
 
 void attention_backward(DType dtype, Strided dout, const float* dlse, Strided q, Strided k, Strided v, Strided out,
-                        const float* lse, void* dq, void* dk, void* dv, float* dsinks, AttentionShape shape,
+                        const float* lse, Strided dq, Strided dk, Strided dv, float* dsinks, AttentionShape shape,
                         int threads) {
   const AttentionBackward arguments{dout, q, k, v, out, dlse, lse, dq, dk, dv, dsinks, shape};
   if (dtype == DType::bfloat16 && attention_backward_pairs(arguments, threads)) return;

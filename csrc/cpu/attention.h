@@ -17,7 +17,7 @@ struct AttentionForward {
 struct AttentionBackward {
   Strided dout, q, k, v, out;
   const float *dlse, *lse;
-  void *dq, *dk, *dv;
+  Strided dq, dk, dv;
   float* dsinks;
   AttentionShape shape;
 };
@@ -31,6 +31,11 @@ inline int64_t longest_keys(const AttentionShape& shape) {
 template <class T>
 inline const T* start_of(const Strided& x, int64_t token, int64_t head) {
   return static_cast<const T*>(x.data) + token * x.token + head * x.head;
+}
+
+template <class T>
+inline T* start_of_written(const Strided& x, int64_t token, int64_t head) {
+  return const_cast<T*>(start_of<T>(x, token, head));
 }
 
 // Keys [low, high) of a block.

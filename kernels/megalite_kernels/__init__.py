@@ -19,6 +19,7 @@ from megalite_kernels.ops.grad_norm import grad_norm
 from megalite_kernels.ops.layer_norm import layer_norm
 from megalite_kernels.ops.linear import linear
 from megalite_kernels.ops.linear_cross_entropy import linear_cross_entropy
+from megalite_kernels.ops.packed_attention import packed_attention
 from megalite_kernels.ops.peers import register_peers
 from megalite_kernels.ops.rms_norm import rms_norm
 from megalite_kernels.ops.rope import rope, rope_
@@ -40,6 +41,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "packed_attention",
     "patch",
     "patched",
     "relu_squared",

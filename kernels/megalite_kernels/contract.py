@@ -49,6 +49,7 @@ CONTRACTS: dict[str, Contract] = {
         Contract("cross_entropy", _REFERENCE + "cross_entropy"),
         Contract("linear_cross_entropy", _REFERENCE + "linear_cross_entropy"),
         Contract("attention", _REFERENCE + "attention"),
+        Contract("packed_attention", _REFERENCE + "packed_attention"),
         Contract("adamw_", _REFERENCE + "adamw"),
         Contract("grad_norm", _REFERENCE + "grad_norm"),
         Contract("linear", "torch.nn.functional.linear"),

@@ -107,12 +107,28 @@ class Attention(nn.Module):
         With a cache the S tokens follow those already in it, and attend to them too. With `again` the backward
         pass makes head norms and rotation again.
         """
-        qkv = self.qkv_proj(x, context.split).split((self.q_size, self.kv_size, self.kv_size), dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv)
+        qkv = self.qkv_proj(x, context.split)
+        if self.q_norm is None and cache is None and context.sequence is None:
+            return self.o_proj(self._attend_packed(qkv, context).flatten(-2), context.split)
+        parts = qkv.split((self.q_size, self.kv_size, self.kv_size), dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
+        del qkv, parts
         placed: tuple[Tensor, Tensor] = run_marked(again, self._place, q, k, context.rotary)
         with made_again(again and placed[0] is not q, placed, lambda: self._place(q, k, context.rotary)):
             out = self._attend(*placed, v, context, cache)
         return self.o_proj(out.flatten(-2), context.split)
+
+    def _attend_packed(self, qkv: Tensor, context: Context) -> Tensor:
+        """Where nothing stands between projection and attention but the rotation, which attention does itself."""
+        return kernels.packed_attention(
+            qkv,
+            self.q_size // self.head_dim,
+            self.kv_size // self.head_dim,
+            rotary=context.rotary,
+            window=self.window,
+            cu_seqlens=context.cu_seqlens,
+            max_seqlen=context.max_seqlen,
+        )
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
         if cache is not None:

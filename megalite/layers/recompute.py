@@ -5,9 +5,11 @@ Four things can be made again, from cheap to dear:
 - norm: the outputs of both norms, which only the projections after them keep, from the residual stream that the
   norms keep anyway. One pass over memory each.
 - activation: the output of the MLP's activation, which only `down_proj` keeps, from `gate_up`. One pass.
-- attention: queries and keys after head norms and rotation, from the projection's output. One pass. The output and
-  the log-sum-exp stay: `o_proj` keeps the output anyway, and the kernel's backward pass makes the probabilities
-  again by itself, so that running the whole core again would free nothing but 4 bytes per token and head.
+- attention: queries and keys after head norms or, with ring attention, rotation, from the projection's output. One
+  pass. (Where only a rotation stands before attention, attention turns them itself and keeps the projection's output
+  alone.) The output and the log-sum-exp stay: `o_proj` keeps the output anyway, and the kernel's backward pass makes
+  the probabilities again by itself, so that running the whole core again would free nothing but 4 bytes per token and
+  head.
 - full: everything in the layer but the sum of residual stream and branch that it starts from.
 
 The first three drop what the *consumer* of a tensor saves (`made_again`): the tensor is freed, and made again when

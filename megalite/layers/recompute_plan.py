@@ -7,7 +7,8 @@ parallelism (else T), a layer keeps
     stream     2 · (T' · H · e + s · T' · w)    what each norm reads; s = 1 statistic for RMSNorm, 2 for LayerNorm
     normed     2 · T' · H · e                    outputs of the norms, inputs of the projections ("norm")
     projected  T · (n + 2k) · D · e              queries, keys and values in one tensor, as the projection gives them
-    placed     T · (n + k) · D · e               queries and keys after head norms and rotation ("attention")
+    placed     T · (n + k) · D · e               queries and keys after head norms or, with ring attention, rotation
+                                                 ("attention"); elsewhere attention turns them itself: nothing
     attended   T · n · (D · e + w)               attention's output and log-sum-exp
     inner      T · 2f · e, or T · f · e          what the activation reads; one f without a gate
     active     T · f · e                         what it gives, input of down_proj ("activation")
@@ -44,13 +45,16 @@ class Share:
     """Sequence parallelism: the residual stream is divided over tp."""
     ulysses: bool = False
     """Context parallelism by exchanging heads."""
+    ring: bool = False
+    """Context parallelism by passing keys and values on."""
 
     @classmethod
     def of(cls, parallel: ParallelConfig, tokens: int, itemsize: int = 2) -> Share:
         """The part of a rank of this layout, of a micro-batch of `tokens` tokens."""
         sequence = parallel.sequence_parallel and parallel.tp > 1
         ulysses = parallel.cp > 1 and parallel.cp_method == "ulysses"
-        return cls(tokens // parallel.cp, itemsize, parallel.tp, sequence, ulysses)
+        ring = parallel.cp > 1 and not ulysses
+        return cls(tokens // parallel.cp, itemsize, parallel.tp, sequence, ulysses, ring)
 
     @property
     def stream_tokens(self) -> int:
@@ -84,7 +88,7 @@ def layer_bytes(model: ModelConfig, share: Share) -> LayerBytes:
     inner = model.ffn_hidden_size // share.tp
     projected = tokens * (queries + 2 * keys) * head * e
     turned = tokens * (queries + keys) * head * e
-    placed = turned if model.qk_norm or model.position == "rope" else 0
+    placed = turned if model.qk_norm or (share.ring and model.position == "rope") else 0
     attended = tokens * queries * (head * e + w)
     if share.ulysses:
         attended += projected + tokens * queries * head * e  # the output before and after the exchange

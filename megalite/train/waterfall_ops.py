@@ -90,6 +90,17 @@ def _attention(query: int, passes: float) -> Flops:
     return flops
 
 
+def _packed_attention(qkv: int, passes: float) -> Flops:
+    """As `_attention`, of queries that are N of the N + 2K heads side by side; N and K stand before the options."""
+
+    def flops(args: Sequence[Any], sizes: Sizes) -> float:
+        heads, kv_heads, window = args[-8], args[-7], args[-5]
+        keys = min(sizes.seq_length, window) if window > 0 else sizes.seq_length
+        return passes * 0.5 * 4.0 * keys * args[qkv].numel() * heads / (heads + 2 * kv_heads)
+
+    return flops
+
+
 @dataclass(frozen=True, slots=True)
 class Op:
     """One line of the table."""
@@ -117,6 +128,8 @@ TABLE: dict[str, Op] = {
     # Attention.
     "megalite.attention_fwd": Op(ATTENTION, _attention(0, 1.0)),
     "megalite.attention_bwd": Op(ATTENTION, _attention(2, 2.0)),
+    "megalite.packed_attention_fwd": Op(ATTENTION, _packed_attention(0, 1.0)),
+    "megalite.packed_attention_bwd": Op(ATTENTION, _packed_attention(1, 2.0)),
     # The loss head. Whatever a pass computes again, the model's own FLOPs are 2 per weight forward and 4 backward.
     "megalite.linear_cross_entropy_fwd": Op(HEAD, _head(2.0)),
     "megalite.linear_cross_entropy_local_fwd": Op(HEAD, _head(2.0)),

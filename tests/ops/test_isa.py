@@ -19,6 +19,7 @@ FILES = [
     "cross_entropy_local",
     "head",
     "attention",
+    "packed_attention",
     "adamw",
     "grad_norm",
     "embedding",

@@ -24,6 +24,7 @@ SHARD = (8, 13, 50)
 HEAD = (X, random(16, 16, seed=3), WEIGHT.clone(), TARGET % 6)
 BOUNDS = torch.tensor([0, 2, 6], dtype=torch.int32)
 E4M3 = torch.float8_e4m3fn
+PACKED = (TABLE, TABLE, BOUNDS, None, 4, 2, True, 3, 0, 4, 0.0, 0.35)
 ATTENTION = (BOUNDS, None, None, True, 3, 0, 4, 0.0, 0.35)
 
 CALLS: dict[str, tuple[Any, ...]] = {
@@ -79,6 +80,8 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "fp8_product": (X.to(E4M3), torch.ones(6), X.to(E4M3), torch.ones(6), None, torch.bfloat16),
     "attention_fwd": (Q, KV, KV, *ATTENTION),
     "attention_bwd": (Q, None, Q, KV, KV, Q, torch.ones(4, 6), *ATTENTION),
+    "packed_attention_fwd": (random(6, 64), *PACKED),
+    "packed_attention_bwd": (Q, random(6, 64), Q, torch.ones(4, 6), *PACKED),
     "adamw_": (
         *(random(8, seed=i).abs() for i in range(5)), torch.tensor(1e-3), 0.9, 0.95, 1e-8, 0.1, torch.tensor(1),
         torch.tensor(1.0), torch.tensor(False),
@@ -131,6 +134,10 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> Any:
     return mk.attention(q, k, v, cu_seqlens=BOUNDS, max_seqlen=4)
 
 
+def _packed_attention(qkv: Tensor) -> Any:
+    return mk.packed_attention(qkv, 4, 2, rotary=(TABLE.cos(), TABLE.sin()), cu_seqlens=BOUNDS, max_seqlen=4)
+
+
 def _rope(q: Tensor, k: Tensor, q_norm: Tensor, k_norm: Tensor) -> Any:
     return mk.rope(q, k, TABLE.cos(), TABLE.sin(), q_norm=q_norm, k_norm=k_norm)
 
@@ -172,6 +179,7 @@ COMPILED: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
     "embedding": (lambda w: mk.embedding(IDS, w), [random(9, 16)]),
     "rope": (_rope, [Q, KV, WEIGHT[:8], WEIGHT[8:]]),
     "attention": (_attention, [Q, KV, KV + 1]),
+    "packed_attention": (_packed_attention, [random(6, 64)]),
     "cross_entropy": (lambda x: mk.cross_entropy(x, TARGET), [X]),
     "linear_cross_entropy": (lambda x, w: mk.linear_cross_entropy(x, w, TARGET), [X, random(16, 16)]),
     "linear_cross_entropy_none": (

@@ -38,6 +38,12 @@ CALLS: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
         lambda q, k: mk.attention(q, k, k * 0.5, cu_seqlens=BOUNDS, max_seqlen=250),
         [X.view(600, 4, 64), random(600, 2, 64, seed=1)],
     ),
+    "packed_attention": (
+        lambda qkv: mk.packed_attention(
+            qkv, 4, 2, rotary=(ANGLES.cos(), ANGLES.sin()), cu_seqlens=BOUNDS, max_seqlen=250
+        ),
+        [random(600, 512)],
+    ),
 }
 
 

@@ -251,9 +251,9 @@ def test_known_totals() -> None:
     memory = worst_rank(job)
     assert memory.parameters == pytest.approx(8.03e9, rel=1e-3)
     assert memory.weights + memory.gradients + memory.optimizer == pytest.approx(58.2 * GB, rel=1e-3)
-    # 32 layers · 8192 tokens · (2·(4·4096 + 6144 + 5120 + 4096 + 3·14336) + 4·(2 + 32)) bytes; of the final norm its
+    # 32 layers · 8192 tokens · (2·(4·4096 + 6144 + 4096 + 3·14336) + 4·(2 + 32)) bytes; of the final norm its
     # input and one statistic, of the loss dx, and tables of angles.
-    layers = 32 * 8192 * (2 * (4 * 4096 + 6144 + 5120 + 4096 + 3 * 14336) + 4 * 34)
+    layers = 32 * 8192 * (2 * (4 * 4096 + 6144 + 4096 + 3 * 14336) + 4 * 34)
     assert memory.activations - layers == 8192 * (2 * 4096 * 2 + 4 + 128 * 4)
     # ZeRO-3 has no main gradients to add to: that of a head of 128,256 rows waits in fp32.
     divided = worst_rank(dataclasses.replace(job, parallel=ParallelConfig(zero=3)))

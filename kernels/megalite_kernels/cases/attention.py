@@ -1,4 +1,4 @@
-"""Cases of attention: causal with grouped heads, full, window, packed documents."""
+"""Cases of attention: causal with grouped heads, full, window, packed documents, a packed projection."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megalite_kernels.cases.base import Case, Inputs, Shape, Work, normal
+from megalite_kernels.cases.rowwise import angle_table, rotate_half
 from megalite_kernels.ops.attention import attention
+from megalite_kernels.ops.packed_attention import packed_attention
 
 WINDOW = {"check": 17, "train": 512}
 DOCUMENTS = 8
@@ -37,6 +39,13 @@ def make_packed(shape: Shape, generator: torch.Generator) -> Inputs:
     return Inputs(leaves, [bounds])
 
 
+def make_projection(shape: Shape, generator: torch.Generator) -> Inputs:
+    """qkv [B, S, (N + 2K) D], and cos and sin of rotary angles [S, D / 2]."""
+    columns = (shape["N"] + 2 * shape["K"]) * shape["D"]
+    tables = angle_table(shape, generator.device)
+    return Inputs([normal(generator, shape["B"], shape["S"], columns)], list(tables))
+
+
 def work(shape: Shape, itemsize: int, *, pairs: float) -> Work:
     """`pairs`: how many (query, key) pairs of a head are seen; the backward has 5 products to the forward's 2."""
     rows = shape["B"] * shape["S"] * shape["D"] * itemsize
@@ -44,6 +53,19 @@ def work(shape: Shape, itemsize: int, *, pairs: float) -> Work:
     flops = int(4 * shape["B"] * pairs * heads * shape["D"])
     # forward: q, k, v in, out out; backward: q, k, v, out, dout in, dq, dk, dv out; lse is 1/D of it
     return Work(rows * (2 * heads + 2 * keys), rows * (4 * heads + 4 * keys), flops, flops * 5 // 2)
+
+
+def packed_work(shape: Shape, itemsize: int) -> Work:
+    """Of causal attention, the tables read and three operations per feature that turns, in each direction."""
+    whole = work(shape, itemsize, pairs=shape["S"] ** 2 / 2)
+    tables = 4 * shape["S"] * shape["D"]
+    turned = 3 * shape["B"] * shape["S"] * (shape["N"] + shape["K"]) * shape["D"]
+    return Work(
+        whole.forward_bytes + tables,
+        whole.backward_bytes + tables,
+        whole.forward_flops + turned,
+        whole.backward_flops + 2 * turned,
+    )
 
 
 def window_of(shape: Shape) -> int:
@@ -122,6 +144,28 @@ def _shapes(*, head_dims: tuple[int, ...] = (64, 128), cpu_tokens: int = 2048) -
     }
 
 
+def _projected(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    heads = _query_heads(qkv, cos)
+    return packed_attention(qkv, heads, heads // 2, rotary=(cos, sin))
+
+
+def _projected_by(one: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Splits a projection, turns queries and keys, and attends by `one`."""
+
+    def run(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        heads = _query_heads(qkv, cos)
+        sizes = (heads, heads // 2, heads // 2)
+        q, k, v = qkv.unflatten(-1, (-1, 2 * cos.shape[-1])).split(sizes, dim=2)
+        return one(rotate_half(q, cos, sin), rotate_half(k, cos, sin), v)
+
+    return run
+
+
+def _query_heads(qkv: Tensor, cos: Tensor) -> int:
+    """N of heads that turn whole, where K = N / 2."""
+    return qkv.shape[-1] // (4 * cos.shape[-1])
+
+
 CASES = (
     Case(
         "attention",
@@ -162,5 +206,20 @@ CASES = (
         lambda shape, itemsize: work(shape, itemsize, pairs=_packed_pairs(shape)),
         eager=per_document(sdpa),
         **_shapes(head_dims=(64,)),
+    ),
+    Case(
+        "packed_attention",
+        "packed_attention",
+        _projected,
+        _projected_by(plain),
+        make_projection,
+        packed_work,
+        eager=_projected_by(sdpa),
+        **{
+            **_shapes(),
+            "doctor": {"B": 1, "S": 1024, "N": 4, "K": 2, "D": 64},
+            "cpu": ({"B": 4, "S": 512, "N": 8, "K": 4, "D": 64},),
+            "cuda": ({"B": 1, "S": 16384, "N": 16, "K": 8, "D": 128},),
+        },
     ),
 )

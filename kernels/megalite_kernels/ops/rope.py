@@ -53,7 +53,7 @@ def rope(
     Saved: cos and sin; with the norms also q, k, their weights, and one float32 per head.
     Source: Su et al., "RoFormer", 2021.
     """
-    _check(q, k, cos, sin, rotary_dim)
+    check(q, k, cos, sin, rotary_dim)
     if (q_norm is None) != (k_norm is None):
         raise ValueError("q_norm and k_norm must be given together: pass both or neither")
     if q_norm is None or k_norm is None:
@@ -92,7 +92,7 @@ def rope_(
     Saved: cos and sin.
     Source: Su et al., "RoFormer", 2021.
     """
-    _check(q, k, cos, sin, rotary_dim)
+    check(q, k, cos, sin, rotary_dim)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         # One at a time: torch takes one output of a Function that overwrites views, and these may share a base.
         return _RopeInPlace.apply(q, cos, sin, interleaved), _RopeInPlace.apply(k, cos, sin, interleaved)
@@ -100,7 +100,7 @@ def rope_(
     return q, k
 
 
-def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int | None) -> None:
+def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int | None) -> None:
     checks.require_float(q=q, k=k, cos=cos, sin=sin)
     if q.dim() not in (3, 4):
         raise ValueError(f"q has shape {list(q.shape)}: pass [B, S, N, D] or packed [T, N, D]")
