@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from megalite_kernels import sdpa
 from megalite_kernels._library import define
-from megalite_kernels.backend import register, register_lazy
+from megalite_kernels.backend import Supports, register, register_lazy
 from megalite_kernels.ops import attention as separate
 from megalite_kernels.ops import rope
 from megalite_kernels.ops.attention_checks import check, lse_shape, raw_options
@@ -17,6 +18,7 @@ from megalite_kernels.ops.cuda_support import cuda_supports
 from megalite_kernels.ops.native_support import NATIVE, native_supports
 from megalite_kernels.ops.triton_support import TRITON, triton_supports
 from megalite_kernels.reference import packed_attention as reference
+from megalite_kernels.reference import rope as rope_reference
 from megalite_kernels.reference.common import wide_dtype
 from megalite_kernels.reference.packed_attention import composed, heads_of
 
@@ -128,33 +130,24 @@ def _sdpa_supports_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor,
     return _sdpa_supports(qkv, *rest)
 
 
-_by_choice = composed(rope._forward, separate._forward, separate._backward)
+_by_choice_forward, _by_choice_backward = composed(rope._forward, separate._forward, separate._backward)
 """Of whatever back-ends serve the parts."""
-_by_sdpa = composed(rope.reference.forward, sdpa.forward, sdpa.backward)
-for _index, (_op, _name, _support) in enumerate(
-    (
-        ("packed_attention_fwd", "packed_forward", _sdpa_supports),
-        ("packed_attention_bwd", "packed_backward", _sdpa_supports_backward),
-    )
-):
-    register(_op, "reference", (reference.forward, reference.backward)[_index])
-    register(_op, "sdpa", _by_sdpa[_index], supports=_support)
-    register_lazy(
-        _op,
-        "cpu",
-        f"megalite_kernels.native.attention:{_name}",
-        requires=NATIVE,
-        supports=native_supports,
-    )
-    register_lazy(
-        _op,
-        "triton",
-        f"{__name__}:_by_choice_{_name}",
-        requires=TRITON,
-        supports=triton_supports,
-    )
-    register(_op, "cuda", _by_choice[_index], supports=cuda_supports)
-_by_choice_packed_forward, _by_choice_packed_backward = _by_choice
+_by_sdpa_forward, _by_sdpa_backward = composed(rope_reference.forward, sdpa.forward, sdpa.backward)
+
+
+def _register_all(op: str, name: str, plain: Callable[..., Any], supports: Supports) -> None:
+    """`name` is "forward" or "backward"; `supports` is torch's own attention's."""
+    register(op, "reference", plain)
+    register_lazy(op, "sdpa", f"{__name__}:_by_sdpa_{name}", supports=supports)
+    native = f"megalite_kernels.native.attention:packed_{name}"
+    register_lazy(op, "cpu", native, requires=NATIVE, supports=native_supports)
+    chosen = f"{__name__}:_by_choice_{name}"
+    register_lazy(op, "triton", chosen, requires=TRITON, supports=triton_supports)
+    register_lazy(op, "cuda", chosen, supports=cuda_supports)
+
+
+_register_all("packed_attention_fwd", "forward", reference.forward, _sdpa_supports)
+_register_all("packed_attention_bwd", "backward", reference.backward, _sdpa_supports_backward)
 
 
 class _PackedAttention(torch.autograd.Function):
