@@ -20,10 +20,10 @@ struct Span {
   int64_t size() const { return end - begin; }
 };
 
-// A tile in registers is `rows` x `cols`; a word holds `inner` elements of the inner dimension, and words go by `step`;
-// `near` words of the left factor stay in the second cache, beside a panel of the right one.
+// A tile in registers is `rows` x `cols`; a word holds `inner` elements of the inner dimension, and words go by `step`.
+// The inner dimension goes by `deep` words; `near` of the left factor stay in the second cache, and `sums` of sums.
 struct GemmSizes {
-  int64_t rows, cols, inner, step, near;
+  int64_t rows, cols, inner, step, deep, near, sums;
 };
 
 // Memory of one thread, in words. Each part starts at a page.
@@ -33,9 +33,11 @@ struct GemmScratch {
 
 // How one thread cuts its part of the product.
 struct GemmBlocks {
-  int64_t words;  // of the inner dimension, the most at once
+  int64_t words;  // of the inner dimension, the most that are packed at once
+  int64_t deep;   // of those, the most that are multiplied at once
   int64_t rows;   // of the left factor in the second cache, with a panel
   int64_t cols;   // of the right factor packed at once
+  bool whole;     // the inner dimension is not cut
 };
 
 // A span as pieces of `size`, the last one smaller.

@@ -81,6 +81,22 @@ def test_weight_gradient_of_strided_and_empty_inputs(dtype: torch.dtype, backend
 
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize(("out", "features"), [(704, 416), (701, 423)])
+def test_large_weight_gradients(out: int, features: int, add: bool, dtype: torch.dtype) -> None:
+    """More than 1 MB of sums over more of the inner dimension, and more rows, than the near caches take at once."""
+    dy, x = random(1100, out).to(dtype), random(1100, features, seed=1).to(dtype)
+    main_grad = random(out, features, seed=2)
+    plain, truth = dy.float().t() @ x.float(), dy.double().t() @ x.double()
+    if add:
+        plain, truth = plain + main_grad, truth + main_grad.double()
+    with mk.use_backend("cpu"):
+        torch.ops.megalite.linear_weight_grad_(dy, x, main_grad, add)
+    assert_as_accurate(main_grad, plain, truth, floor=8)  # float sums of 1,100 terms in one chain
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_stays_in_its_row_and_column(dtype: torch.dtype) -> None:
     dy, x, main_grad = random(20, 30).to(dtype), random(20, 60, seed=1).to(dtype), torch.zeros(30, 60)
     dy[3, 7] = torch.nan
@@ -106,7 +122,16 @@ def sides(rows: int, cols: int, inner: int, dtype: torch.dtype) -> list[tuple[Te
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("rows", "cols", "inner"),
-    [(1, 1, 1), (1, 70, 31), (7, 13, 5), (13, 130, 64), (50, 67, 3100), (101, 16, 33)],
+    [
+        (1, 1, 1),
+        (1, 70, 31),
+        (7, 13, 5),
+        (13, 130, 64),
+        (50, 67, 3100),
+        (101, 16, 33),
+        (40, 1400, 3100),
+        (600, 40, 3100),
+    ],
 )
 def test_products_are_as_accurate_as_torchs(rows: int, cols: int, inner: int, dtype: torch.dtype) -> None:
     """Ragged tiles, odd inner sizes (half a pair), and more inner words than one block holds."""
