@@ -24,14 +24,14 @@ def wins(dtype: torch.dtype, rows: int, cols: int, inner: int) -> bool:
 
     That is so on a CPU that multiplies pairs of bf16 without having a matrix unit: on one Zen 4 core, over the
     products of llama-60m and gpt2-124m, 1.05 (forward) and 1.08 (dgrad) times oneDNN in bf16, 1.05-1.2 times torch
-    in fp32. With AMX only in bf16, and only within a step, as ours does not read the lines that it overwrites: a step
-    of llama-60m took 551 ms with ours, 614 with oneDNN and 603 with ours for wide results alone, steps in turn;
-    products by themselves have 0.75-1.1 of oneDNN's rate. In fp32 ours has 0.97 of torch's.
+    in fp32. With AMX only in bf16 and where the result is as wide as its left factor: there ours does not read the
+    many lines that it overwrites, elsewhere it has 0.7-1.05 of oneDNN's rate. Steps of llama-60m in turn took 1.04
+    times as long with ours everywhere, 1.06 times with oneDNN alone. In fp32 ours has 0.97 of torch's rate.
     """
     if dtype == torch.float16 or rows < LEAST_ROWS or rows * cols * inner < LEAST_PRODUCT:
         return False
     if _C.isa_name() == "amx":
-        return dtype == torch.bfloat16
+        return dtype == torch.bfloat16 and cols >= inner
     return _C.isa_name() == "avx512_bf16"
 
 
