@@ -49,9 +49,8 @@ def linear_cross_entropy(
     """`cross_entropy(x @ weight.T + bias, target)`, chunked over tokens.
 
     With a scalar reduction the gradients are made during the forward (6 T H V operations in all). The backward
-    multiplies them by its incoming gradient while it writes them out; eager on the CPU, a gradient that needs
-    neither is handed on as it is. With "none" the backward makes the logits again (8 T H V);
-    so does a CPU with matrix tiles always, which stores none (native/head.py).
+    multiplies them by its incoming gradient while it writes them out; eager on the CPU, a gradient that needs neither
+    is handed on as it is. With "none", and on matrix tiles, the logits are made again (8 T H V; native/head.py).
 
     Args:
         x: [..., H], bf16, fp16, fp32 or fp64.
