@@ -110,3 +110,7 @@ def test_errors_of_norms_of_each() -> None:
         grad_norms([torch.ones(3), torch.ones(3).bfloat16()])
     with pytest.raises(ValueError, match=r"grads has dtype torch.int64"):
         grad_norms([torch.ones(3, dtype=torch.int64)])
+
+
+def test_norms_of_each_have_no_gradient() -> None:
+    assert not grad_norms([random(3).requires_grad_(), random(3)]).requires_grad

@@ -64,7 +64,7 @@ def grad_norms(grads: Sequence[Tensor]) -> Tensor:
                 f"grads has {tensor.dtype} on {tensor.device} beside {first.dtype} on {first.device}: "
                 "pass tensors of one dtype on one device"
             )
-    return _norms([tensor.detach() for tensor in grads])
+    return _norms([tensor.detach() if tensor.requires_grad else tensor for tensor in grads])
 
 
 def _supports(grads: list[Tensor]) -> str | None:
