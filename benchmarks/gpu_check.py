@@ -49,7 +49,7 @@ THROUGHPUT = {
     "throughput-1.5b": ["--preset", "gpt2-1.5b", "--micro-batch-size", "4"],
     "throughput-llama": ["--preset", "llama3.2-3b", "--micro-batch-size", "2"],
 }
-"""Part → model and batch on which trainers are compared; 3.2B parameters with their state take 58 GB."""
+"""Part → model and batch on which trainers are compared; 3.2B parameters with their state take 51 GB."""
 PARTS = ("build", "doctor", "tests", "cuda", "sanitizer", "bench")
 """Run by default."""
 NAMED = ("train", *THROUGHPUT)
