@@ -19,9 +19,10 @@ const char* isa_name();
 void rms_norm_forward(DType dtype, const void* x, const void* residual, const float* weight, void* y, void* total,
                       float* rstd, int64_t rows, int64_t cols, float eps, int threads);
 
-// dx (plus dresidual if not null) and dweight [cols].
+// dx (plus dresidual if not null) and dweight [cols]. All backwards here make y again where it is not null, with the
+// forward's bits.
 void rms_norm_backward(DType dtype, const void* dy, const void* dresidual, const void* x, const float* weight,
-                       const float* rstd, void* dx, float* dweight, int64_t rows, int64_t cols, int threads);
+                       const float* rstd, void* dx, float* dweight, void* y, int64_t rows, int64_t cols, int threads);
 
 // y = (x - mean) * rstd * weight + bias (bias may be null); residual and total as in rms_norm_forward.
 void layer_norm_forward(DType dtype, const void* x, const void* residual, const float* weight, const float* bias,
@@ -29,8 +30,8 @@ void layer_norm_forward(DType dtype, const void* x, const void* residual, const 
                         int threads);
 
 void layer_norm_backward(DType dtype, const void* dy, const void* dresidual, const void* x, const float* weight,
-                         const float* mean, const float* rstd, void* dx, float* dweight, float* dbias, int64_t rows,
-                         int64_t cols, int threads);
+                         const float* bias, const float* mean, const float* rstd, void* dx, float* dweight,
+                         float* dbias, void* y, int64_t rows, int64_t cols, int threads);
 
 // [tokens, heads, dim] with any strides of tokens and heads; features are side by side.
 struct Strided {
@@ -66,14 +67,14 @@ int64_t embedding_accumulate(DType dtype, const void* dy, const int64_t* ids, fl
                              int64_t rows, int64_t cols, int threads);
 
 void activation_forward(DType dtype, Activation kind, const void* x, void* y, int64_t size, int threads);
-void activation_backward(DType dtype, Activation kind, const void* dy, const void* x, void* dx, int64_t size,
+void activation_backward(DType dtype, Activation kind, const void* dy, const void* x, void* dx, void* y, int64_t size,
                          int threads);
 
 // y [rows, cols] = activation(gate) * up; rows of gate and up (and of their gradients) are `stride` apart.
 void gated_forward(DType dtype, Activation kind, const void* gate, const void* up, void* y, int64_t rows, int64_t cols,
                    int64_t stride, int threads);
 void gated_backward(DType dtype, Activation kind, const void* dy, const void* gate, const void* up, void* dgate,
-                    void* dup, int64_t rows, int64_t cols, int64_t stride, int threads);
+                    void* dup, void* y, int64_t rows, int64_t cols, int64_t stride, int threads);
 
 struct LossOptions {
   int64_t ignore_index;

@@ -34,9 +34,9 @@ void bind_norms(py::module_& m) {
   m.def(
       "rms_norm_backward",
       [](int dtype, Address dy, Address dresidual, Address x, Address weight, Address rstd, Address dx, Address dweight,
-         int64_t rows, int64_t cols, int threads) {
+         Address y, int64_t rows, int64_t cols, int threads) {
         megalite::rms_norm_backward(DType(dtype), at(dy), at(dresidual), at(x), at<float>(weight), at<float>(rstd),
-                                    at(dx), at<float>(dweight), rows, cols, threads);
+                                    at(dx), at<float>(dweight), at(y), rows, cols, threads);
       },
       Release());
   m.def(
@@ -49,11 +49,11 @@ void bind_norms(py::module_& m) {
       Release());
   m.def(
       "layer_norm_backward",
-      [](int dtype, Address dy, Address dresidual, Address x, Address weight, Address mean, Address rstd, Address dx,
-         Address dweight, Address dbias, int64_t rows, int64_t cols, int threads) {
-        megalite::layer_norm_backward(DType(dtype), at(dy), at(dresidual), at(x), at<float>(weight), at<float>(mean),
-                                      at<float>(rstd), at(dx), at<float>(dweight), at<float>(dbias), rows, cols,
-                                      threads);
+      [](int dtype, Address dy, Address dresidual, Address x, Address weight, Address bias, Address mean, Address rstd,
+         Address dx, Address dweight, Address dbias, Address y, int64_t rows, int64_t cols, int threads) {
+        megalite::layer_norm_backward(DType(dtype), at(dy), at(dresidual), at(x), at<float>(weight), at<float>(bias),
+                                      at<float>(mean), at<float>(rstd), at(dx), at<float>(dweight), at<float>(dbias),
+                                      at(y), rows, cols, threads);
       },
       Release());
 }
@@ -129,8 +129,8 @@ void bind_elementwise(py::module_& m) {
       Release());
   m.def(
       "activation_backward",
-      [](int dtype, int kind, Address dy, Address x, Address dx, int64_t size, int threads) {
-        megalite::activation_backward(DType(dtype), Activation(kind), at(dy), at(x), at(dx), size, threads);
+      [](int dtype, int kind, Address dy, Address x, Address dx, Address y, int64_t size, int threads) {
+        megalite::activation_backward(DType(dtype), Activation(kind), at(dy), at(x), at(dx), at(y), size, threads);
       },
       Release());
   m.def(
@@ -142,10 +142,10 @@ void bind_elementwise(py::module_& m) {
       Release());
   m.def(
       "gated_backward",
-      [](int dtype, int kind, Address dy, Address gate, Address up, Address dgate, Address dup, int64_t rows,
+      [](int dtype, int kind, Address dy, Address gate, Address up, Address dgate, Address dup, Address y, int64_t rows,
          int64_t cols, int64_t stride, int threads) {
-        megalite::gated_backward(DType(dtype), Activation(kind), at(dy), at(gate), at(up), at(dgate), at(dup), rows,
-                                 cols, stride, threads);
+        megalite::gated_backward(DType(dtype), Activation(kind), at(dy), at(gate), at(up), at(dgate), at(dup), at(y),
+                                 rows, cols, stride, threads);
       },
       Release());
 }

@@ -5,7 +5,7 @@ namespace megalite {
 
 struct ActivationArguments {
   const void *dy, *x;
-  void* y;  // dx in the backward
+  void *y, *dx;  // the backward makes y again where it is not null
 };
 
 struct GatedArguments {
@@ -22,7 +22,7 @@ struct GatedArguments {
 namespace megalite {
 
 void activation_forward(DType dtype, Activation kind, const void* x, void* y, int64_t size, int threads) {
-  const ActivationArguments arguments{nullptr, x, y};
+  const ActivationArguments arguments{nullptr, x, y, nullptr};
   MEGALITE_WITH_TYPE(dtype, {
     const auto kernel = MEGALITE_PICK(activation_forward_range_of<T>);
     parallel_ranges(parts_for(size, threads), size,
@@ -30,9 +30,9 @@ void activation_forward(DType dtype, Activation kind, const void* x, void* y, in
   });
 }
 
-void activation_backward(DType dtype, Activation kind, const void* dy, const void* x, void* dx, int64_t size,
+void activation_backward(DType dtype, Activation kind, const void* dy, const void* x, void* dx, void* y, int64_t size,
                          int threads) {
-  const ActivationArguments arguments{dy, x, dx};
+  const ActivationArguments arguments{dy, x, y, dx};
   MEGALITE_WITH_TYPE(dtype, {
     const auto kernel = MEGALITE_PICK(activation_backward_range_of<T>);
     parallel_ranges(parts_for(size, threads), size,
@@ -51,8 +51,8 @@ void gated_forward(DType dtype, Activation kind, const void* gate, const void* u
 }
 
 void gated_backward(DType dtype, Activation kind, const void* dy, const void* gate, const void* up, void* dgate,
-                    void* dup, int64_t rows, int64_t cols, int64_t stride, int threads) {
-  const GatedArguments arguments{dy, gate, up, nullptr, dgate, dup, cols, stride};
+                    void* dup, void* y, int64_t rows, int64_t cols, int64_t stride, int threads) {
+  const GatedArguments arguments{dy, gate, up, y, dgate, dup, cols, stride};
   MEGALITE_WITH_TYPE(dtype, {
     const auto kernel = MEGALITE_PICK(gated_backward_rows_of<T>);
     parallel_ranges(parts_for(rows * cols, threads), rows,

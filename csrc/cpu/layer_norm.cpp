@@ -14,8 +14,8 @@ struct LayerForward {
 
 struct LayerBackward {
   const void *dy, *dresidual, *x;
-  const float *weight, *mean, *rstd;
-  void* dx;
+  const float *weight, *bias, *mean, *rstd;
+  void *dx, *y;  // y, made again, may be null
   int64_t cols;
 };
 
@@ -38,9 +38,9 @@ void layer_norm_forward(DType dtype, const void* x, const void* residual, const 
 }
 
 void layer_norm_backward(DType dtype, const void* dy, const void* dresidual, const void* x, const float* weight,
-                         const float* mean, const float* rstd, void* dx, float* dweight, float* dbias, int64_t rows,
-                         int64_t cols, int threads) {
-  const LayerBackward arguments{dy, dresidual, x, weight, mean, rstd, dx, cols};
+                         const float* bias, const float* mean, const float* rstd, void* dx, float* dweight,
+                         float* dbias, void* y, int64_t rows, int64_t cols, int threads) {
+  const LayerBackward arguments{dy, dresidual, x, weight, bias, mean, rstd, dx, y, cols};
   const int parts = parts_for(rows * cols, threads);
   Partials partials(parts, 2, cols);
   MEGALITE_WITH_TYPE(dtype, {

@@ -15,7 +15,7 @@ struct RmsForward {
 struct RmsBackward {
   const void *dy, *dresidual, *x;
   const float *weight, *rstd;
-  void* dx;
+  void *dx, *y;  // y, made again, may be null
   int64_t cols;
 };
 
@@ -37,8 +37,8 @@ void rms_norm_forward(DType dtype, const void* x, const void* residual, const fl
 }
 
 void rms_norm_backward(DType dtype, const void* dy, const void* dresidual, const void* x, const float* weight,
-                       const float* rstd, void* dx, float* dweight, int64_t rows, int64_t cols, int threads) {
-  const RmsBackward arguments{dy, dresidual, x, weight, rstd, dx, cols};
+                       const float* rstd, void* dx, float* dweight, void* y, int64_t rows, int64_t cols, int threads) {
+  const RmsBackward arguments{dy, dresidual, x, weight, rstd, dx, y, cols};
   const int parts = parts_for(rows * cols, threads);
   Partials partials(parts, 1, cols);
   MEGALITE_WITH_TYPE(dtype, {

@@ -154,9 +154,10 @@ TABLE: dict[str, Op] = {
     **dict.fromkeys(
         (
             *("megalite." + name for name in (
-                "activation_fwd", "activation_bwd", "glu_fwd", "glu_bwd", "glu_pair_fwd", "glu_pair_bwd",
-                "embedding_bwd", "embedding_bwd_", "layer_norm_fwd", "layer_norm_residual_fwd", "layer_norm_bwd",
-                "rms_norm_fwd", "rms_norm_residual_fwd", "rms_norm_bwd", "rope_fwd", "rope_", "rope_norm_fwd",
+                "activation_fwd", "activation_bwd", "activation_bwd_again", "glu_fwd", "glu_bwd", "glu_bwd_again",
+                "glu_pair_fwd", "glu_pair_bwd", "embedding_bwd", "embedding_bwd_", "layer_norm_fwd",
+                "layer_norm_residual_fwd", "layer_norm_bwd", "layer_norm_bwd_again", "rms_norm_fwd",
+                "rms_norm_residual_fwd", "rms_norm_bwd", "rms_norm_bwd_again", "rope_fwd", "rope_", "rope_norm_fwd",
                 "rope_norm_bwd", "fp8_cast", "fp8_cast_transposed", "fp8_quantize_columns", "fp8_quantize_rows",
                 "fp8_tensor_scale", "fp8_rms_norm_fwd", "fp8_rms_norm_residual_fwd", "fp8_layer_norm_fwd",
                 "fp8_layer_norm_residual_fwd", "fp8_activation_fwd", "fp8_glu_fwd",

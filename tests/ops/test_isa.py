@@ -24,6 +24,7 @@ FILES = [
     "grad_norm",
     "embedding",
     "linear",
+    "again",
     "native_math",
 ]
 PROGRAM = """
@@ -35,7 +36,7 @@ except ValueError as error:
     print(error)
     sys.exit(77)
 assert name == sys.argv[1], name
-chosen = "(cpu and (ccuracy or extreme or stochastic or master or remainder)) or native_math"
+chosen = "(cpu and (ccuracy or extreme or stochastic or master or remainder or again)) or native_math"
 sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-k", chosen, *sys.argv[2:]]))
 """
 

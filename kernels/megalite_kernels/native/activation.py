@@ -21,10 +21,20 @@ def forward(x: Tensor, kind: str) -> Tensor:
 
 def backward(dy: Tensor, x: Tensor, kind: str) -> Tensor:
     """Backend "cpu" of `activation_bwd`."""
+    return _backward(dy, x, None, kind)
+
+
+def backward_again(dy: Tensor, x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Backend "cpu" of `activation_bwd_again`."""
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return _backward(dy, x, y, kind), y
+
+
+def _backward(dy: Tensor, x: Tensor, y: Tensor | None, kind: str) -> Tensor:
     dy, x = dy.contiguous(), x.contiguous()
     dx = torch.empty_like(x)
     codes = (DTYPES[x.dtype], ACTIVATIONS[kind])
-    _C.activation_backward(*codes, address(dy), address(x), address(dx), x.numel(), threads())
+    _C.activation_backward(*codes, address(dy), address(x), address(dx), address(y), x.numel(), threads())
     return dx
 
 
@@ -43,7 +53,7 @@ def gated_backward(dy: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Ten
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
     cols = gate.shape[-1]
     pointers = (address(gate), address(up), address(dgate), address(dup))
-    _gated_backward(dy, *pointers, kind, cols, cols)
+    _gated_backward(dy, *pointers, None, kind, cols, cols)
     return dgate, dup
 
 
@@ -59,12 +69,22 @@ def packed_forward(packed: Tensor, kind: str) -> Tensor:
 
 def packed_backward(dy: Tensor, packed: Tensor, kind: str) -> Tensor:
     """Backend "cpu" of `glu_bwd`."""
+    return _packed_backward(dy, packed, None, kind)
+
+
+def packed_backward_again(dy: Tensor, packed: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Backend "cpu" of `glu_bwd_again`."""
+    y = torch.empty_like(dy, memory_format=torch.contiguous_format)
+    return _packed_backward(dy, packed, y, kind), y
+
+
+def _packed_backward(dy: Tensor, packed: Tensor, y: Tensor | None, kind: str) -> Tensor:
     dy, packed = dy.contiguous(), packed.contiguous()
     dpacked = torch.empty_like(packed)
     cols = dy.shape[-1]
     offset = cols * packed.element_size()
     start, grad_start = address(packed), address(dpacked)
-    _gated_backward(dy, start, start + offset, grad_start, grad_start + offset, kind, cols, 2 * cols)
+    _gated_backward(dy, start, start + offset, grad_start, grad_start + offset, y, kind, cols, 2 * cols)
     return dpacked
 
 
@@ -75,8 +95,8 @@ def _gated_forward(like: Tensor, gate: int, up: int, y: Tensor, kind: str, cols:
 
 
 def _gated_backward(
-    dy: Tensor, gate: int, up: int, dgate: int, dup: int, kind: str, cols: int, stride: int
+    dy: Tensor, gate: int, up: int, dgate: int, dup: int, y: Tensor | None, kind: str, cols: int, stride: int
 ) -> None:
     rows = dy.numel() // max(1, cols)
     codes: tuple[Any, ...] = (DTYPES[dy.dtype], ACTIVATIONS[kind])
-    _C.gated_backward(*codes, address(dy), gate, up, dgate, dup, rows, cols, stride, threads())
+    _C.gated_backward(*codes, address(dy), gate, up, dgate, dup, address(y), rows, cols, stride, threads())

@@ -42,11 +42,40 @@ def backward(
     dy: Tensor, dresidual: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backend "cpu" of `layer_norm_bwd`."""
+    return _backward(dy, dresidual, x, weight, None, mean, rstd, None)
+
+
+def backward_again(
+    dy: Tensor,
+    dresidual: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Backend "cpu" of `layer_norm_bwd_again`."""
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return *_backward(dy, dresidual, x, weight, bias, mean, rstd, y), y
+
+
+def _backward(
+    dy: Tensor,
+    dresidual: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    y: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     dy, x, gain = dy.contiguous(), x.contiguous(), float_weights(weight)
+    offset = None if bias is None else float_weights(bias)
     dresidual = None if dresidual is None else dresidual.contiguous()
     dx, dweight, dbias = torch.empty_like(x), torch.empty_like(gain), torch.empty_like(gain)
     _C.layer_norm_backward(
-        DTYPES[x.dtype], address(dy), address(dresidual), address(x), address(gain), address(mean), address(rstd),
-        address(dx), address(dweight), address(dbias), rstd.numel(), x.shape[-1], threads(),
+        DTYPES[x.dtype], address(dy), address(dresidual), address(x), address(gain), address(offset), address(mean),
+        address(rstd), address(dx), address(dweight), address(dbias), address(y), rstd.numel(), x.shape[-1],
+        threads(),
     )  # fmt: skip
     return dx, dweight.to(weight.dtype), dbias.to(weight.dtype)

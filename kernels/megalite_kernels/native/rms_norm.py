@@ -42,12 +42,32 @@ def backward(
     dy: Tensor, dresidual: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, zero_centered: bool
 ) -> tuple[Tensor, Tensor]:
     """Backend "cpu" of `rms_norm_bwd`."""
+    return _backward(dy, dresidual, x, weight, rstd, zero_centered, None)
+
+
+def backward_again(
+    dy: Tensor, dresidual: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, zero_centered: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backend "cpu" of `rms_norm_bwd_again`."""
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return *_backward(dy, dresidual, x, weight, rstd, zero_centered, y), y
+
+
+def _backward(
+    dy: Tensor,
+    dresidual: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    zero_centered: bool,
+    y: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     dy, x, gain = dy.contiguous(), x.contiguous(), _gain(weight, zero_centered)
     dresidual = None if dresidual is None else dresidual.contiguous()
     dx, dweight = torch.empty_like(x), torch.empty_like(gain)
     _C.rms_norm_backward(
         DTYPES[x.dtype], address(dy), address(dresidual), address(x), address(gain), address(rstd), address(dx),
-        address(dweight), rstd.numel(), x.shape[-1], threads(),
+        address(dweight), address(y), rstd.numel(), x.shape[-1], threads(),
     )  # fmt: skip
     return dx, dweight.to(weight.dtype)
 

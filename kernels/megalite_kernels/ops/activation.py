@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,41 +15,57 @@ from megalite_kernels.ops.native_support import NATIVE, native_supports
 from megalite_kernels.ops.triton_support import TRITON, triton_supports
 from megalite_kernels.reference import activation as reference
 
+Again = Callable[[Tensor], None]
+"""Takes an output that a backward pass has made again."""
 
-def swiglu(gate: Tensor, up: Tensor | None = None, *, bias: Tensor | None = None) -> Tensor:
+
+def swiglu(
+    gate: Tensor, up: Tensor | None = None, *, bias: Tensor | None = None, again: Again | None = None
+) -> Tensor:
     """`silu(gate) * up`, with silu(x) = x * sigmoid(x), computed in float32 and rounded once.
 
     Args:
         gate: [..., F]; or, without `up`, both in one tensor [..., 2F], gate first.
         up: like gate.
         bias: [2F], added to (gate, up) first.
+        again: called in the backward pass with the output, which that makes again (the same bits) for a fifth more
+            bytes: who needs it for a gradient, as the weights' of the layer after this, need not keep it. Only
+            without `up`.
 
     Returns:
         [..., F] like gate, contiguous.
 
     Raises:
-        ValueError: shapes, dtypes or devices don't fit together.
+        ValueError: shapes, dtypes or devices don't fit together, or both `up` and `again` are given.
 
     Saved: gate and up.
     Source: Shazeer, "GLU Variants Improve Transformer", 2020.
     """
-    return _gated(gate, up, bias, "silu")
+    return _gated(gate, up, bias, "silu", again)
 
 
 def geglu(
-    gate: Tensor, up: Tensor | None = None, *, bias: Tensor | None = None, approximate: str = "tanh"
+    gate: Tensor,
+    up: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    approximate: str = "tanh",
+    again: Again | None = None,
 ) -> Tensor:
     """`gelu(gate) * up`; arguments as in `swiglu`, `approximate` as in `gelu`."""
-    return _gated(gate, up, bias, _gelu_kind(approximate))
+    return _gated(gate, up, bias, _gelu_kind(approximate), again)
 
 
-def gelu(x: Tensor, *, bias: Tensor | None = None, approximate: str = "tanh") -> Tensor:
+def gelu(
+    x: Tensor, *, bias: Tensor | None = None, approximate: str = "tanh", again: Again | None = None
+) -> Tensor:
     """`x * Phi(x)`, Phi being the normal distribution function, computed in float32 and rounded once.
 
     Args:
         x: any shape [..., F].
         bias: [F], added to x first.
         approximate: "tanh" (GPT-2's `gelu_new`) or "none" (exact).
+        again: called in the backward pass with the output, made again; see `swiglu`.
 
     Raises:
         ValueError: shapes, dtypes or devices don't fit together, or `approximate` is not known.
@@ -56,12 +73,12 @@ def gelu(x: Tensor, *, bias: Tensor | None = None, approximate: str = "tanh") ->
     Saved: x (with its bias).
     Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016.
     """
-    return _plain(x, bias, _gelu_kind(approximate))
+    return _plain(x, bias, _gelu_kind(approximate), again)
 
 
-def relu_squared(x: Tensor, *, bias: Tensor | None = None) -> Tensor:
+def relu_squared(x: Tensor, *, bias: Tensor | None = None, again: Again | None = None) -> Tensor:
     """`max(x, 0)^2`; arguments as in `gelu`. Source: So et al., "Primer", 2021."""
-    return _plain(x, bias, "relu2")
+    return _plain(x, bias, "relu2", again)
 
 
 def _gelu_kind(approximate: str) -> str:
@@ -69,22 +86,26 @@ def _gelu_kind(approximate: str) -> str:
     return "gelu_tanh" if approximate == "tanh" else "gelu"
 
 
-def _plain(x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+def _plain(x: Tensor, bias: Tensor | None, kind: str, again: Again | None) -> Tensor:
     checks.require_float(x=x)
     if bias is not None:
         checks.require_shape(bias, (x.shape[-1],), "bias", f"x with {x.shape[-1]} features")
         checks.require_same_kind(bias, x, "bias", "x")
         x = x + bias
-    return _Activation.apply(x, kind)
+    return _Activation.apply(x, kind, again)
 
 
-def _gated(gate: Tensor, up: Tensor | None, bias: Tensor | None, kind: str) -> Tensor:
+def _gated(gate: Tensor, up: Tensor | None, bias: Tensor | None, kind: str, again: Again | None) -> Tensor:
     checks.require_float(gate=gate)
     features = gate.shape[-1] * 2 if up is not None else gate.shape[-1]
     if bias is not None:
         checks.require_shape(bias, (features,), "bias", f"gate and up with {features} features together")
         checks.require_same_kind(bias, gate, "bias", "gate")
     if up is not None:
+        if again is not None:
+            raise ValueError(
+                "again goes with gate and up in one tensor [..., 2F], and up is a tensor of its own"
+            )
         checks.require_like(up, gate, "up", "gate")
         if bias is not None:
             gate, up = gate + bias[: features // 2], up + bias[features // 2 :]
@@ -92,7 +113,7 @@ def _gated(gate: Tensor, up: Tensor | None, bias: Tensor | None, kind: str) -> T
     if features % 2:
         raise ValueError(f"gate has {features} features: a packed [gate, up] tensor needs an even number")
     packed = gate if bias is None else gate + bias
-    return _GatedPacked.apply(packed, kind)
+    return _GatedPacked.apply(packed, kind, again)
 
 
 def packed_forward(packed: Tensor, kind: str) -> Tensor:
@@ -105,6 +126,16 @@ def packed_backward(dy: Tensor, packed: Tensor, kind: str) -> Tensor:
     """Reference of `glu_bwd`."""
     gate, up = packed.chunk(2, dim=-1)
     return torch.cat(reference.gated_backward(dy, gate, up, kind), dim=-1)
+
+
+def backward_again(dy: Tensor, x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Reference of `activation_bwd_again`: (dx, y)."""
+    return reference.backward(dy, x, kind), reference.forward(x, kind)
+
+
+def packed_backward_again(dy: Tensor, packed: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Reference of `glu_bwd_again`: (dpacked, y)."""
+    return packed_backward(dy, packed, kind), packed_forward(packed, kind)
 
 
 def _fake_packed_forward(packed: Tensor, kind: str) -> Tensor:
@@ -122,6 +153,14 @@ _activation_backward = define(
 _packed_forward = define("glu_fwd(Tensor packed, str kind) -> Tensor", fake=_fake_packed_forward)
 _packed_backward = define(
     "glu_bwd(Tensor dy, Tensor packed, str kind) -> Tensor", fake=lambda dy, packed, kind: _like(packed)
+)
+_backward_again = define(
+    "activation_bwd_again(Tensor dy, Tensor x, str kind) -> (Tensor, Tensor)",
+    fake=lambda dy, x, kind: (_like(x), _like(x)),
+)
+_packed_backward_again = define(
+    "glu_bwd_again(Tensor dy, Tensor packed, str kind) -> (Tensor, Tensor)",
+    fake=lambda dy, packed, kind: (_like(packed), _like(dy)),
 )
 _pair_forward = define(
     "glu_pair_fwd(Tensor gate, Tensor up, str kind) -> Tensor", fake=lambda gate, up, kind: _like(gate)
@@ -143,34 +182,58 @@ for _op, _function, _name in (
     register_lazy(_op, "cpu", _target, requires=NATIVE, supports=native_supports)
     _target = f"megalite_kernels.triton.activation:{_name}"
     register_lazy(_op, "triton", _target, requires=TRITON, supports=triton_supports)
+# On GPUs the forward's kernel makes the output again.
+for _op, _again in (
+    ("activation_bwd_again", backward_again),
+    ("glu_bwd_again", packed_backward_again),
+):
+    register(_op, "reference", _again)
+    _target = f"megalite_kernels.native.activation:{_again.__name__}"
+    register_lazy(_op, "cpu", _target, requires=NATIVE, supports=native_supports)
 
 
 class _Activation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kind: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kind: str, again: Again | None) -> Tensor:
         x = x.contiguous()
         ctx.save_for_backward(x)
-        ctx.kind = kind
+        ctx.kind, ctx.again = kind, again
         return _activation_forward(x, kind)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        return _activation_backward(dy.contiguous(), x, ctx.kind), None
+        dy = dy.contiguous()
+        if ctx.again is None:
+            return _activation_backward(dy, x, ctx.kind), None, None
+        if x.device.type == "cpu":
+            dx, y = _backward_again(dy, x, ctx.kind)
+        else:
+            dx, y = _activation_backward(dy, x, ctx.kind), _activation_forward(x, ctx.kind)
+        ctx.again(y)
+        return dx, None, None
 
 
 class _GatedPacked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, packed: Tensor, kind: str) -> Tensor:
+    def forward(ctx: Any, packed: Tensor, kind: str, again: Again | None) -> Tensor:
         packed = packed.contiguous()
         ctx.save_for_backward(packed)
-        ctx.kind = kind
+        ctx.kind, ctx.again = kind, again
         return _packed_forward(packed, kind)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         (packed,) = ctx.saved_tensors
-        return _packed_backward(dy.contiguous(), packed, ctx.kind), None
+        dy = dy.contiguous()
+        if ctx.again is None:
+            return _packed_backward(dy, packed, ctx.kind), None, None
+        if packed.device.type == "cpu":
+            dpacked, y = _packed_backward_again(dy, packed, ctx.kind)
+        else:
+            dpacked, y = _packed_backward(dy, packed, ctx.kind), _packed_forward(packed, ctx.kind)
+        ctx.again(y)
+        return dpacked, None, None
 
 
 class _GatedPair(torch.autograd.Function):

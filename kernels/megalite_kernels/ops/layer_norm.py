@@ -10,6 +10,7 @@ from torch import Tensor
 from megalite_kernels._library import define
 from megalite_kernels.backend import register, register_lazy
 from megalite_kernels.ops import checks
+from megalite_kernels.ops.activation import Again
 from megalite_kernels.ops.cuda_support import cuda_supports
 from megalite_kernels.ops.native_support import NATIVE, native_supports
 from megalite_kernels.ops.rms_norm import row_statistic
@@ -19,11 +20,23 @@ from megalite_kernels.reference import layer_norm as reference
 
 @overload
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, *, residual: None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: None = None,
+    again: Again | None = None,
 ) -> Tensor: ...
 @overload
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, *, residual: Tensor
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor,
+    again: Again | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 def layer_norm(
     x: Tensor,
@@ -32,6 +45,7 @@ def layer_norm(
     eps: float = 1e-5,
     *,
     residual: Tensor | None = None,
+    again: Again | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Normalise each row of `x` to mean 0 and variance 1, optionally after adding it to the residual stream.
 
@@ -44,6 +58,7 @@ def layer_norm(
         bias: [H] like weight, or None.
         eps: added to the (biased) variance.
         residual: like x.
+        again: called in the backward pass with y, made again; see `rms_norm`.
 
     Returns:
         y like x, contiguous; with a residual (y, x + residual).
@@ -61,9 +76,9 @@ def layer_norm(
     if bias is not None:
         checks.require_like(bias, weight, "bias", "weight")
     if residual is None:
-        return _LayerNorm.apply(x, weight, bias, eps)
+        return _LayerNorm.apply(x, weight, bias, eps, again)
     checks.require_like(residual, x, "residual", "x")
-    return _ResidualLayerNorm.apply(x, residual, weight, bias, eps)
+    return _ResidualLayerNorm.apply(x, residual, weight, bias, eps, again)
 
 
 def _fake_forward(
@@ -84,6 +99,18 @@ def _fake_backward(
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
 
+def _fake_backward_again(
+    dy: Tensor,
+    dresidual: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *_fake_backward(dy, dresidual, x, weight, mean, rstd), x.new_empty(x.shape)
+
+
 _forward = define(
     "layer_norm_fwd(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
     fake=_fake_forward,
@@ -97,6 +124,11 @@ _backward = define(
     "layer_norm_bwd(Tensor dy, Tensor? dresidual, Tensor x, Tensor weight, Tensor mean, Tensor rstd)"
     " -> (Tensor, Tensor, Tensor)",
     fake=_fake_backward,
+)
+_backward_again = define(
+    "layer_norm_bwd_again(Tensor dy, Tensor? dresidual, Tensor x, Tensor weight, Tensor? bias, Tensor mean,"
+    " Tensor rstd) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_backward_again,
 )
 for _op, _name in (
     ("layer_norm_fwd", "forward"),
@@ -116,40 +148,85 @@ for _op, _name in (
     )
     register_lazy(_op, "cuda", f"megalite_kernels.native.cuda.layer_norm:{_name}", supports=cuda_supports)
 
+register("layer_norm_bwd_again", "reference", reference.backward_again)
+register_lazy(
+    "layer_norm_bwd_again",
+    "cpu",
+    "megalite_kernels.native.layer_norm:backward_again",
+    requires=NATIVE,
+    supports=native_supports,
+)
+
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
+def _gradients(ctx: Any, dy: Tensor, dresidual: Tensor | None) -> tuple[Tensor | None, ...]:
+    """(dx, dweight, dbias), after who wants y again has got it; on GPUs the forward's kernel makes it."""
+    x, weight, mean, rstd, *rest = ctx.saved_tensors
+    bias = rest[0] if rest else None
+    dy = dy.contiguous()
+    if ctx.again is not None and x.device.type == "cpu":
+        dx, dweight, dbias, y = _backward_again(dy, dresidual, x, weight, bias, mean, rstd)
+        ctx.again(y)
+    else:
+        dx, dweight, dbias = _backward(dy, dresidual, x, weight, mean, rstd)
+        if ctx.again is not None:
+            ctx.again(_forward(x, weight, bias, ctx.eps)[0])
+    return dx, dweight, dbias if ctx.has_bias else None
+
+
+def _save(
+    ctx: Any,
+    tensors: tuple[Tensor, ...],
+    bias: Tensor | None,
+    eps: float,
+    again: Again | None,
+) -> None:
+    """What `_gradients` reads; the bias only to make y again."""
+    kept = (*tensors, bias) if again is not None and bias is not None else tensors
+    ctx.save_for_backward(*kept)
+    ctx.has_bias, ctx.eps, ctx.again = bias is not None, eps, again
+
+
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-        x, weight = x.contiguous(), weight.contiguous()
-        y, mean, rstd = _forward(x, weight, _contiguous(bias), eps)
-        ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.has_bias = bias is not None
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, again: Again | None
+    ) -> Tensor:
+        x, weight, bias = x.contiguous(), weight.contiguous(), _contiguous(bias)
+        y, mean, rstd = _forward(x, weight, bias, eps)
+        _save(ctx, (x, weight, mean, rstd), bias, eps, again)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, rstd = ctx.saved_tensors
-        dx, dweight, dbias = _backward(dy.contiguous(), None, x, weight, mean, rstd)
-        return dx, dweight, dbias if ctx.has_bias else None, None
+        return *_gradients(ctx, dy, None), None, None
 
 
 class _ResidualLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        again: Again | None,
     ) -> tuple[Tensor, Tensor]:
-        x, residual, weight = x.contiguous(), residual.contiguous(), weight.contiguous()
-        y, total, mean, rstd = _residual_forward(x, residual, weight, _contiguous(bias), eps)
-        ctx.save_for_backward(total, weight, mean, rstd)
-        ctx.has_bias = bias is not None
+        x, residual, weight, bias = (
+            x.contiguous(),
+            residual.contiguous(),
+            weight.contiguous(),
+            _contiguous(bias),
+        )
+        y, total, mean, rstd = _residual_forward(x, residual, weight, bias, eps)
+        _save(ctx, (total, weight, mean, rstd), bias, eps, again)
         return y, total
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dtotal: Tensor) -> tuple[Tensor | None, ...]:
-        total, weight, mean, rstd = ctx.saved_tensors
-        dx, dweight, dbias = _backward(dy.contiguous(), dtotal.contiguous(), total, weight, mean, rstd)
-        return dx, dx, dweight, dbias if ctx.has_bias else None, None
+        dx, dweight, dbias = _gradients(ctx, dy, dtotal.contiguous())
+        return dx, dx, dweight, dbias, None, None

@@ -10,6 +10,7 @@ from torch import Tensor
 from megalite_kernels._library import define
 from megalite_kernels.backend import register, register_lazy
 from megalite_kernels.ops import checks
+from megalite_kernels.ops.activation import Again
 from megalite_kernels.ops.cuda_support import cuda_supports
 from megalite_kernels.ops.native_support import NATIVE, native_supports
 from megalite_kernels.ops.triton_support import TRITON, triton_supports
@@ -19,11 +20,23 @@ from megalite_kernels.reference.common import wide_dtype
 
 @overload
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float = 1e-6, *, residual: None = None, zero_centered: bool = False
+    x: Tensor,
+    weight: Tensor,
+    eps: float = 1e-6,
+    *,
+    residual: None = None,
+    zero_centered: bool = False,
+    again: Again | None = None,
 ) -> Tensor: ...
 @overload
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float = 1e-6, *, residual: Tensor, zero_centered: bool = False
+    x: Tensor,
+    weight: Tensor,
+    eps: float = 1e-6,
+    *,
+    residual: Tensor,
+    zero_centered: bool = False,
+    again: Again | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 def rms_norm(
     x: Tensor,
@@ -32,6 +45,7 @@ def rms_norm(
     *,
     residual: Tensor | None = None,
     zero_centered: bool = False,
+    again: Again | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scale each row of `x` to unit root mean square, optionally after adding it to the residual stream.
 
@@ -44,6 +58,8 @@ def rms_norm(
         eps: added to the mean square.
         residual: like x.
         zero_centered: the gain is `1 + weight`.
+        again: called in the backward pass with y, which that makes again (the same bits) while it reads what y is
+            made from: who needs y for a gradient, as the weights' of the layer after this, need not keep it.
 
     Returns:
         y like x, contiguous; with a residual (y, x + residual).
@@ -59,9 +75,9 @@ def rms_norm(
     checks.require_same_device(weight, x, "weight", "x")
     checks.require_range(eps, "eps")
     if residual is None:
-        return _RMSNorm.apply(x, weight, eps, zero_centered)
+        return _RMSNorm.apply(x, weight, eps, zero_centered, again)
     checks.require_like(residual, x, "residual", "x")
-    return _ResidualRMSNorm.apply(x, residual, weight, eps, zero_centered)
+    return _ResidualRMSNorm.apply(x, residual, weight, eps, zero_centered, again)
 
 
 def row_statistic(x: Tensor) -> Tensor:
@@ -85,6 +101,12 @@ def _fake_backward(
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
+def _fake_backward_again(
+    dy: Tensor, dresidual: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, zero_centered: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), x.new_empty(x.shape)
+
+
 _forward = define(
     "rms_norm_fwd(Tensor x, Tensor weight, float eps, bool zero_centered) -> (Tensor, Tensor)",
     fake=_fake_forward,
@@ -98,6 +120,11 @@ _backward = define(
     "rms_norm_bwd(Tensor dy, Tensor? dresidual, Tensor x, Tensor weight, Tensor rstd, bool zero_centered)"
     " -> (Tensor, Tensor)",
     fake=_fake_backward,
+)
+_backward_again = define(
+    "rms_norm_bwd_again(Tensor dy, Tensor? dresidual, Tensor x, Tensor weight, Tensor rstd, bool zero_centered)"
+    " -> (Tensor, Tensor, Tensor)",
+    fake=_fake_backward_again,
 )
 for _op, _name in (
     ("rms_norm_fwd", "forward"),
@@ -113,36 +140,65 @@ for _op, _name in (
     )
     register_lazy(_op, "cuda", f"megalite_kernels.native.cuda.rms_norm:{_name}", supports=cuda_supports)
 
+register("rms_norm_bwd_again", "reference", reference.backward_again)
+register_lazy(
+    "rms_norm_bwd_again",
+    "cpu",
+    "megalite_kernels.native.rms_norm:backward_again",
+    requires=NATIVE,
+    supports=native_supports,
+)
+
+
+def _gradients(ctx: Any, dy: Tensor, dresidual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(dx, dweight), after who wants y again has got it; on GPUs the forward's kernel makes it."""
+    x, weight, rstd = ctx.saved_tensors
+    arguments = (dy.contiguous(), dresidual, x, weight, rstd, ctx.zero_centered)
+    if ctx.again is None:
+        return _backward(*arguments)
+    if x.device.type == "cpu":
+        dx, dweight, y = _backward_again(*arguments)
+    else:
+        dx, dweight = _backward(*arguments)
+        y, _ = _forward(x, weight, ctx.eps, ctx.zero_centered)
+    ctx.again(y)
+    return dx, dweight
+
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, zero_centered: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, zero_centered: bool, again: Again | None
+    ) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
         y, rstd = _forward(x, weight, eps, zero_centered)
         ctx.save_for_backward(x, weight, rstd)
-        ctx.zero_centered = zero_centered
+        ctx.eps, ctx.zero_centered, ctx.again = eps, zero_centered, again
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, rstd = ctx.saved_tensors
-        dx, dweight = _backward(dy.contiguous(), None, x, weight, rstd, ctx.zero_centered)
-        return dx, dweight, None, None
+        return *_gradients(ctx, dy, None), None, None, None
 
 
 class _ResidualRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float, zero_centered: bool
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        zero_centered: bool,
+        again: Again | None,
     ) -> tuple[Tensor, Tensor]:
         x, residual, weight = x.contiguous(), residual.contiguous(), weight.contiguous()
         y, total, rstd = _residual_forward(x, residual, weight, eps, zero_centered)
         ctx.save_for_backward(total, weight, rstd)
-        ctx.zero_centered = zero_centered
+        ctx.eps, ctx.zero_centered, ctx.again = eps, zero_centered, again
         return y, total
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dtotal: Tensor) -> tuple[Tensor | None, ...]:
-        total, weight, rstd = ctx.saved_tensors
-        dx, dweight = _backward(dy.contiguous(), dtotal.contiguous(), total, weight, rstd, ctx.zero_centered)
-        return dx, dx, dweight, None, None
+        dx, dweight = _gradients(ctx, dy, dtotal.contiguous())
+        return dx, dx, dweight, None, None, None

@@ -48,3 +48,21 @@ def backward(
     dweight = (wide_dy * normed).reshape(-1, rows).sum(0)
     dbias = wide_dy.reshape(-1, rows).sum(0)
     return dx.to(x.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype)
+
+
+def backward_again(
+    dy: Tensor,
+    dresidual: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias, y): `backward`, and the forward's output again."""
+    wide, column = widen(x), (*x.shape[:-1], 1)
+    normed = (wide - mean.view(column).to(wide.dtype)) * rstd.view(column).to(wide.dtype)
+    y = normed * weight.to(wide.dtype)
+    if bias is not None:
+        y = y + bias.to(wide.dtype)
+    return *backward(dy, dresidual, x, weight, mean, rstd), y.to(x.dtype)

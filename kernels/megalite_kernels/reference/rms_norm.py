@@ -43,6 +43,16 @@ def backward(
     return dx.to(x.dtype), dweight.to(weight.dtype)
 
 
+def backward_again(
+    dy: Tensor, dresidual: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, zero_centered: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dweight, y): `backward`, and the forward's output again."""
+    wide = widen(x)
+    column = rstd.view(*x.shape[:-1], 1).to(wide.dtype)
+    y = (wide * column * _gain(weight, wide, zero_centered)).to(x.dtype)
+    return *backward(dy, dresidual, x, weight, rstd, zero_centered), y
+
+
 def _gain(weight: Tensor, like: Tensor, zero_centered: bool) -> Tensor:
     gain = weight.to(like.dtype)
     return gain + 1 if zero_centered else gain

@@ -1,0 +1,71 @@
+"""Outputs that a backward pass makes again: the forward's bits, and gradients as without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import megalite_kernels as mk
+from megalite_kernels import backend as backends
+from tests.ops.catalogue import BACKENDS, DTYPES, random
+
+SHAPES = [(1, 2), (3, 34), (70, 1408)]
+ROWS = {
+    "rms_norm": lambda x, r, w, b, again: mk.rms_norm(x, w, again=again),
+    "rms_norm_zero_centered": lambda x, r, w, b, again: mk.rms_norm(x, w, zero_centered=True, again=again),
+    "rms_norm_residual": lambda x, r, w, b, again: mk.rms_norm(x, w, residual=r, again=again),
+    "layer_norm": lambda x, r, w, b, again: mk.layer_norm(x, w, b, again=again),
+    "layer_norm_no_bias": lambda x, r, w, b, again: mk.layer_norm(x, w, again=again),
+    "layer_norm_residual": lambda x, r, w, b, again: mk.layer_norm(x, w, b, residual=r, again=again),
+    "swiglu": lambda x, r, w, b, again: mk.swiglu(x, again=again),
+    "geglu": lambda x, r, w, b, again: mk.geglu(x, bias=b, again=again),
+    "geglu_exact": lambda x, r, w, b, again: mk.geglu(x, approximate="none", again=again),
+    "gelu": lambda x, r, w, b, again: mk.gelu(x, bias=b, again=again),
+    "gelu_exact": lambda x, r, w, b, again: mk.gelu(x, approximate="none", again=again),
+    "relu_squared": lambda x, r, w, b, again: mk.relu_squared(x, again=again),
+}
+Function = Callable[..., Any]
+
+
+def run(
+    function: Function, inputs: list[Tensor], again: Callable[[Tensor], None] | None
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The output, and the gradients of a sum that weighs it, and what it was added to, unevenly."""
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    outputs = function(*leaves, again)
+    y, *rest = outputs if isinstance(outputs, tuple) else (outputs,)
+    weights = random(*y.shape, seed=9).to(y.dtype)
+    ((y * weights).float().sum() + sum(total.float().square().sum() for total in rest)).backward()
+    return y.detach(), [leaf.grad for leaf in leaves]
+
+
+def same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other if one is None or other is None else torch.equal(one, other)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", ROWS)
+def test_same_bits(name: str, shape: tuple[int, int], dtype: torch.dtype, backend: str) -> None:
+    size = shape[-1]
+    inputs = [random(*shape, scale=3), random(*shape, seed=1), random(size, seed=2), random(size, seed=3)]
+    inputs = [x.to(dtype) for x in inputs]
+    made: list[Tensor] = []
+    with backends.use_backend(backend):
+        y, gradients = run(ROWS[name], inputs, made.append)
+        _, plain = run(ROWS[name], inputs, None)
+    assert len(made) == 1, "brought once"
+    assert made[0].dtype == dtype
+    assert made[0].is_contiguous()
+    assert torch.equal(made[0], y)
+    assert all(same(one, other) for one, other in zip(gradients, plain, strict=True))
+
+
+def test_only_packed() -> None:
+    with pytest.raises(ValueError, match=r"again goes with gate and up in one tensor \[..., 2F\]"):
+        mk.swiglu(random(2, 4), random(2, 4), again=lambda made: None)
