@@ -144,8 +144,10 @@ class ParallelConfig:
 class RecomputeConfig:
     """What the backward pass computes again instead of the forward pass keeping it (activation checkpointing)."""
 
-    kind: Literal["none", "selective", "full", "budget"] = "none"
-    """none; selective: the parts named in `parts`; full: whole layers; budget: as little as fits `budget_gb`."""
+    kind: Literal["auto", "none", "selective", "full", "budget"] = "auto"
+    """auto: what costs next to nothing (on CPUs the parts norm and activation, where the backward passes of norms and
+    activations write their outputs again; on GPUs nothing); none; selective: the parts named in `parts`; full: whole
+    layers; budget: as little as fits `budget_gb`."""
     parts: tuple[Literal["attention", "norm", "activation"], ...] = ("norm", "activation")
     """What selective recomputes in every layer."""
     budget_gb: float = 0.0

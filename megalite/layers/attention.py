@@ -14,6 +14,7 @@ from megalite.layers.cache import LayerCache
 from megalite.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.layers.recompute import made_again, run_marked
 from megalite.parallel.context import ContextSplit, context_attention
+from megalite.parallel.handover import Handover
 from megalite.parallel.pieces import Init, Piece, whole
 from megalite.parallel.tensor import UNSPLIT, Shard, TensorSplit
 from megalite_kernels.ops.quantized import Operand
@@ -100,14 +101,19 @@ class Attention(nn.Module):
             self.k_norm = HeadNorm(head_dim, qk_norm_eps, **factory)
 
     def forward(
-        self, x: Operand, context: Context, cache: LayerCache | None = None, again: bool = False
+        self,
+        x: Operand,
+        context: Context,
+        cache: LayerCache | None = None,
+        again: bool = False,
+        given: Handover | None = None,
     ) -> Tensor:
         """[B, S, H] → [B, S, H], or packed [T, H] → [T, H] (of this rank's tokens with `split.sequence`).
 
         With a cache the S tokens follow those already in it, and attend to them too. With `again` the backward
-        pass makes head norms and rotation again.
+        pass makes head norms and rotation again; `given` brings it x again.
         """
-        qkv = self.qkv_proj(x, context.split)
+        qkv = self.qkv_proj(x, context.split, given)
         if self.q_norm is None and cache is None and context.sequence is None:
             return self.o_proj(self._attend_packed(qkv, context).flatten(-2), context.split)
         parts = qkv.split((self.q_size, self.kv_size, self.kv_size), dim=-1)

@@ -53,16 +53,18 @@ class Block(nn.Module):
             # Not self(...): a compiled block's own `forward` is the compiler's entry.
             return run_again(lambda x, residual: Block.forward(self, x, residual, context), x, residual)
         full = recompute.full and torch.is_grad_enabled()
-        normed, total = run_marked(recompute.norm, self.attention_norm, x, residual)
-        with made_again(
-            recompute.norm or full, tensors_of(normed), lambda: tensors_of(self.attention_norm(total)[0])
-        ):
+        given = self.attention.qkv_proj.handover(context.split) if recompute.norm and not full else None
+        again = recompute.norm and given is None
+        normed, total = run_marked(again, self.attention_norm, x, residual, given)
+        with made_again(again or full, tensors_of(normed), lambda: tensors_of(self.attention_norm(total)[0])):
             if full:
                 return self._all_again(normed, total, context)
-            x = self.attention(normed, context, cache, recompute.attention)
-        normed, residual = run_marked(recompute.norm, self.mlp_norm, x, total)
-        with made_again(recompute.norm, tensors_of(normed), lambda: tensors_of(self.mlp_norm(residual)[0])):
-            return self.mlp(normed, context.split, recompute.activation), residual
+            x = self.attention(normed, context, cache, recompute.attention, given)
+        given = self.mlp.first.handover(context.split) if recompute.norm else None
+        again = recompute.norm and given is None
+        normed, residual = run_marked(again, self.mlp_norm, x, total, given)
+        with made_again(again, tensors_of(normed), lambda: tensors_of(self.mlp_norm(residual)[0])):
+            return self.mlp(normed, context.split, recompute.activation, given), residual
 
     def _all_again(self, normed: Operand, total: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         def until_down(total: Tensor, *parts: Tensor) -> tuple[Operand, Tensor]:

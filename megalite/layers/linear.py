@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from megalite.parallel.fp8 import fp8_column_linear, fp8_row_linear
 from megalite.parallel.fp8_weights import WeightCopies, keep_copies
+from megalite.parallel.handover import Handover
 from megalite.parallel.pieces import Init, Piece, TensorParallel
-from megalite.parallel.tensor import Shard, TensorSplit, column_linear, row_linear
+from megalite.parallel.tensor import Shard, TensorSplit, column_linear, row_linear, takes_handover
 from megalite_kernels.ops.fp8_linear import Scaling
 from megalite_kernels.ops.quantized import Operand, QuantizedTensor
 
@@ -68,13 +69,21 @@ class ColumnParallelLinear(nn.Module):
                 )
             first += shard.size
 
-    def forward(self, x: Operand, split: TensorSplit | None = None) -> Tensor:
-        """[..., in] → [..., rows]; `split` says how the tokens of x lie, by default as the layer was made."""
+    def handover(self, split: TensorSplit | None = None) -> Handover | None:
+        """What can bring the next call's input again in the backward pass; None: the call has to keep it."""
+        takes = self.fp8 is None and takes_handover(self.weight, split or self.split, row=False)
+        return Handover() if takes else None
+
+    def forward(self, x: Operand, split: TensorSplit | None = None, given: Handover | None = None) -> Tensor:
+        """[..., in] → [..., rows]; `split` says how the tokens of x lie, by default as the layer was made.
+
+        `given`, of `handover`, will bring x again, which is not kept then.
+        """
         split = split or self.split
         if self.fp8 is not None:
             return fp8_column_linear(x, self.weight, self.bias, split, self.fp8)
         assert not isinstance(x, QuantizedTensor)
-        return column_linear(x, self.weight, self.bias, split)
+        return column_linear(x, self.weight, self.bias, split, given)
 
 
 class RowParallelLinear(nn.Module):
@@ -120,13 +129,18 @@ class RowParallelLinear(nn.Module):
             tp: TensorParallel = "partial" if self.split.sequence else "replicated"
             yield "bias", Piece(f"{name}.bias", rows[1:], (0,), rows, tp, Init.zeros(), decay=False)
 
-    def forward(self, x: Operand, split: TensorSplit | None = None) -> Tensor:
-        """[..., in / tp] → [..., out]; `split` says how the tokens of the output lie."""
+    def handover(self, split: TensorSplit | None = None) -> Handover | None:
+        """As `ColumnParallelLinear.handover`."""
+        takes = self.fp8 is None and takes_handover(self.weight, split or self.split, row=True)
+        return Handover() if takes else None
+
+    def forward(self, x: Operand, split: TensorSplit | None = None, given: Handover | None = None) -> Tensor:
+        """[..., in / tp] → [..., out]; `split` says how the tokens of the output lie, `given` may bring x again."""
         split = split or self.split
         if self.fp8 is not None:
             return fp8_row_linear(x, self.weight, self.bias, split, self.fp8)
         assert not isinstance(x, QuantizedTensor)
-        return row_linear(x, self.weight, self.bias, split)
+        return row_linear(x, self.weight, self.bias, split, given)
 
 
 def keep_fp8_copies(model: nn.Module) -> list[WeightCopies]:

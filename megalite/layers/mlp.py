@@ -10,14 +10,15 @@ from torch import Tensor, nn
 import megalite_kernels as kernels
 from megalite.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.layers.recompute import made_again, run_marked
+from megalite.parallel.handover import Handover
 from megalite.parallel.tensor import UNSPLIT, Shard, TensorSplit
 from megalite_kernels.ops import fp8_activation
 from megalite_kernels.ops.quantized import Operand, tensors_of
 
 Activation = Literal["swiglu", "geglu", "gelu_tanh", "relu2"]
 
-_GATED: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": kernels.swiglu, "geglu": kernels.geglu}
-_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {"gelu_tanh": kernels.gelu, "relu2": kernels.relu_squared}
+_GATED: dict[str, Callable[..., Tensor]] = {"swiglu": kernels.swiglu, "geglu": kernels.geglu}
+_PLAIN: dict[str, Callable[..., Tensor]] = {"gelu_tanh": kernels.gelu, "relu2": kernels.relu_squared}
 _QUANTIZING: dict[str, fp8_activation.Activation] = {
     "swiglu": "swiglu",
     "geglu": "geglu",
@@ -35,10 +36,30 @@ class ActivationFunction:
         self.quantizes = False
         """As of a norm: it comes quantised too."""
 
-    def __call__(self, inner: Tensor) -> Operand:
+    def __call__(self, inner: Tensor, given: Handover | None = None) -> Operand:
+        """`given` is brought the result again by the backward pass."""
         if self.quantizes:
             return kernels.fp8_activation(inner, self.quantizing)
-        return self.plain(inner)
+        return self.plain(inner, again=None if given is None else given.bring)
+
+
+def _down(
+    activation: ActivationFunction,
+    inner: Tensor,
+    down_proj: RowParallelLinear,
+    split: TensorSplit | None,
+    again: bool,
+) -> Tensor:
+    """down_proj(activation(inner)); with `again` the product does not keep what it reads.
+
+    The activation's own backward pass makes that again where the product takes a handover, else a pass for itself.
+    """
+    given = down_proj.handover(split) if again else None
+    if given is not None:
+        return down_proj(activation(inner, given), split, given)
+    active = run_marked(again, activation, inner)
+    with made_again(again, tensors_of(active), lambda: tensors_of(activation(inner))):
+        return down_proj(active, split)
 
 
 class GatedMLP(nn.Module):
@@ -70,19 +91,28 @@ class GatedMLP(nn.Module):
             shard, hidden_size, split, name="down_proj", bias=bias, std=down_std, **factory
         )
 
+    @property
+    def first(self) -> ColumnParallelLinear:
+        """The projection that reads the layer's input."""
+        return self.gate_up_proj
+
     def up(self, x: Operand, split: TensorSplit | None = None) -> Operand:
         """[..., H] → [..., F / tp], what `down_proj` reads."""
         return self.activation(self.gate_up_proj(x, split))
 
-    def forward(self, x: Operand, split: TensorSplit | None = None, again: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Operand,
+        split: TensorSplit | None = None,
+        again: bool = False,
+        given: Handover | None = None,
+    ) -> Tensor:
         """[..., H] → [..., H]; `split` says how the tokens lie, by default as the layer was made.
 
-        With `again` the backward pass makes the activation's output again.
+        With `again` the backward pass makes the activation's output again; `given` brings it x again.
         """
-        inner = self.gate_up_proj(x, split)
-        active = run_marked(again, self.activation, inner)
-        with made_again(again, tensors_of(active), lambda: tensors_of(self.activation(inner))):
-            return self.down_proj(active, split)
+        inner = self.gate_up_proj(x, split, given)
+        return _down(self.activation, inner, self.down_proj, split, again)
 
 
 class MLP(nn.Module):
@@ -112,16 +142,25 @@ class MLP(nn.Module):
             shard, hidden_size, split, name="down_proj", bias=bias, std=down_std, **factory
         )
 
+    @property
+    def first(self) -> ColumnParallelLinear:
+        """The projection that reads the layer's input."""
+        return self.up_proj
+
     def up(self, x: Operand, split: TensorSplit | None = None) -> Operand:
         """[..., H] → [..., F / tp], what `down_proj` reads."""
         return self.activation(self.up_proj(x, split))
 
-    def forward(self, x: Operand, split: TensorSplit | None = None, again: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Operand,
+        split: TensorSplit | None = None,
+        again: bool = False,
+        given: Handover | None = None,
+    ) -> Tensor:
         """[..., H] → [..., H]; `split` says how the tokens lie, by default as the layer was made.
 
-        With `again` the backward pass makes the activation's output again.
+        With `again` the backward pass makes the activation's output again; `given` brings it x again.
         """
-        inner = self.up_proj(x, split)
-        active = run_marked(again, self.activation, inner)
-        with made_again(again, tensors_of(active), lambda: tensors_of(self.activation(inner))):
-            return self.down_proj(active, split)
+        inner = self.up_proj(x, split, given)
+        return _down(self.activation, inner, self.down_proj, split, again)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import megalite_kernels as kernels
+from megalite.parallel.handover import Handover
 from megalite.parallel.pieces import Init, Piece, TensorParallel, whole
 from megalite.parallel.tensor import UNSPLIT, TensorSplit
 from megalite_kernels.ops.quantized import Operand
@@ -32,13 +33,19 @@ class RMSNorm(nn.Module):
         shape = tuple(self.weight.shape)
         yield "weight", whole(f"{path}.weight", shape, Init.ones(), tp=self.tp, decay=False)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Operand, Tensor]:
-        """Return (norm(x + residual), x + residual); without a residual, (norm(x), x)."""
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, given: Handover | None = None
+    ) -> tuple[Operand, Tensor]:
+        """Return (norm(x + residual), x + residual); without a residual, (norm(x), x).
+
+        `given` is brought the norm again by the backward pass.
+        """
         if self.quantizes:
             return _quantized(kernels.fp8_rms_norm, (x, self.weight, self.eps), residual)
+        again = None if given is None else given.bring
         if residual is None:
-            return kernels.rms_norm(x, self.weight, self.eps), x
-        return kernels.rms_norm(x, self.weight, self.eps, residual=residual)
+            return kernels.rms_norm(x, self.weight, self.eps, again=again), x
+        return kernels.rms_norm(x, self.weight, self.eps, residual=residual, again=again)
 
 
 class LayerNorm(nn.Module):
@@ -61,13 +68,19 @@ class LayerNorm(nn.Module):
         yield "weight", whole(f"{path}.weight", shape, Init.ones(), tp=self.tp, decay=False)
         yield "bias", whole(f"{path}.bias", shape, Init.zeros(), tp=self.tp, decay=False)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Operand, Tensor]:
-        """Return (norm(x + residual), x + residual); without a residual, (norm(x), x)."""
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, given: Handover | None = None
+    ) -> tuple[Operand, Tensor]:
+        """Return (norm(x + residual), x + residual); without a residual, (norm(x), x).
+
+        `given` is brought the norm again by the backward pass.
+        """
         if self.quantizes:
             return _quantized(kernels.fp8_layer_norm, (x, self.weight, self.bias, self.eps), residual)
+        again = None if given is None else given.bring
         if residual is None:
-            return kernels.layer_norm(x, self.weight, self.bias, self.eps), x
-        return kernels.layer_norm(x, self.weight, self.bias, self.eps, residual=residual)
+            return kernels.layer_norm(x, self.weight, self.bias, self.eps, again=again), x
+        return kernels.layer_norm(x, self.weight, self.bias, self.eps, residual=residual, again=again)
 
 
 def _quantized(

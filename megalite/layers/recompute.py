@@ -3,8 +3,8 @@
 Four things can be made again, from cheap to dear:
 
 - norm: the outputs of both norms, which only the projections after them keep, from the residual stream that the
-  norms keep anyway. One pass over memory each.
-- activation: the output of the MLP's activation, which only `down_proj` keeps, from `gate_up`. One pass.
+  norms keep anyway. One pass over memory each, or less.
+- activation: the output of the MLP's activation, which only `down_proj` keeps, from `gate_up`. One pass, or less.
 - attention: queries and keys after head norms or, with ring attention, rotation, from the projection's output. One
   pass. (Where only a rotation stands before attention, attention turns them itself and keeps the projection's output
   alone.) The output and the log-sum-exp stay: `o_proj` keeps the output anyway, and the kernel's backward pass makes
@@ -12,9 +12,12 @@ Four things can be made again, from cheap to dear:
   head.
 - full: everything in the layer but the sum of residual stream and branch that it starts from.
 
-The first three drop what the *consumer* of a tensor saves (`made_again`): the tensor is freed, and made again when
-the consumer's backward pass asks for it. No projection and no collective runs twice. With context parallelism by
-Ulysses the attention kernel keeps the exchanged heads, so "attention" frees nothing there.
+The first three drop what the *consumer* of a tensor saves. Where a norm's or an activation's output feeds a product
+whose weight gradient has a sink, the producer's own backward pass, which comes next and reads all that the tensor is
+made from, writes it again and brings it (`megalite.parallel.handover`): on a CPU one write in place of a pass.
+Elsewhere (`made_again`) the tensor is made again when the consumer's backward pass asks for it. No projection and no
+collective runs twice. With context parallelism by Ulysses the attention kernel keeps the exchanged heads, so
+"attention" frees nothing there.
 
 full runs the layer again up to the activation, but not `down_proj`, whose output nothing needs: of the collectives
 the two all-gathers before the column-parallel products, the reduction after `o_proj` and the context-parallel

@@ -126,6 +126,7 @@ def recompute_plan(
     share: Share,
     layers: int,
     kept: Callable[[Sequence[Recompute]], float] | None = None,
+    cheap: Recompute = KEEP,
 ) -> tuple[Recompute, ...]:
     """What each of a rank's layers makes again.
 
@@ -138,6 +139,7 @@ def recompute_plan(
         share: this rank's part of a micro-batch.
         layers: number of the rank's layers, of all its stages.
         kept: bytes that the rank keeps with these choices, when it keeps most; None: its layers' for one micro-batch.
+        cheap: what costs next to nothing to make again, for kind="auto".
 
     Returns:
         One choice for each layer of the rank, in order.
@@ -145,8 +147,8 @@ def recompute_plan(
     Raises:
         UserError: the budget is too small even if all layers are recomputed in full.
     """
-    if config.kind == "none":
-        return (KEEP,) * layers
+    if config.kind in ("auto", "none"):
+        return (cheap if config.kind == "auto" else KEEP,) * layers
     if config.kind == "full":
         return (FULL,) * layers
     if config.kind == "selective":

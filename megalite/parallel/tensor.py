@@ -21,6 +21,7 @@ import megalite_kernels as kernels
 from megalite.parallel.chunked import gather_product, product_scatter, product_sum
 from megalite.parallel.collectives import reduce_from, reduce_scatter_to, start_all_gather, wait
 from megalite.parallel.gradients import GradientSink, add_weight_gradient, get_sink
+from megalite.parallel.handover import Handover
 from megalite.parallel.mesh import ALONE, Axis
 from megalite_kernels.ops.embedding import accumulate_embedding_gradient
 from megalite_kernels.ops.linear import project, project_back
@@ -75,13 +76,31 @@ class Shard:
         return cls(num_heads * head_dim, head * head_dim, head_dim, shared=True)
 
 
-def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, split: TensorSplit) -> Tensor:
+def takes_handover(weight: Tensor, split: TensorSplit, *, row: bool) -> bool:
+    """A `column_linear` or `row_linear` with this weight, called now, can be given a `Handover` for its input.
+
+    Not a column-parallel one that is cut: its weight gradient hides the sum of the input's gradient, which the layer
+    that would bring the input has to wait for. Not where the weight's gradient is autograd's, which wants it at once.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or get_sink(weight) is None:
+        return False
+    return row or split.axis.group is None
+
+
+def column_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    split: TensorSplit,
+    given: Handover | None = None,
+) -> Tensor:
     """x @ weight.T + bias with this rank's rows of the weight.
 
     Args:
         x: [..., I], the same on all ranks; with `split.sequence` this rank's tokens [T / tp, I].
         weight: [O / tp, I].
         bias: [O / tp] or None.
+        given: brings x again in the backward pass, so that it is not kept; where `takes_handover` says so.
 
     Returns:
         [..., O / tp] of all tokens.
@@ -92,29 +111,52 @@ def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, split: TensorS
     if sink is not None and torch.compiler.is_compiling():
         # A graph adds into the main gradient, but calls nobody: `announce` tells the sink.
         return kernels.linear(x, weight, bias=bias, main_grad=sink.main_grad)
-    return _ColumnLinear.apply(x, weight, bias, split, sink)
+    return _ColumnLinear.apply(x, weight, bias, split, sink, given)
 
 
-def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, split: TensorSplit) -> Tensor:
+def row_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    split: TensorSplit,
+    given: Handover | None = None,
+) -> Tensor:
     """The sum over ranks of x @ weight.T, plus bias, with this rank's columns of the weight.
 
     Args:
         x: [..., I / tp] of all tokens.
         weight: [O, I / tp].
         bias: [O] or None, the same on all ranks, added once.
+        given: as in `column_linear`.
 
     Returns:
         [..., O]; with `split.sequence` this rank's tokens [T / tp, O].
     """
     if split.axis.group is None:
-        return column_linear(x, weight, bias, split)
-    out = _RowLinear.apply(x, weight, split, get_sink(weight))
+        return column_linear(x, weight, bias, split, given)
+    out = _RowLinear.apply(x, weight, split, get_sink(weight), given)
     return out if bias is None else out + bias
 
 
 def own_tokens(x: Tensor, split: TensorSplit) -> Tensor:
     """This rank's rows of x [T, ...], which needs no gradient and is the same on all ranks."""
     return x[split.axis.shard(x.shape[0])] if split.sequence else x
+
+
+def _save(ctx: Any, x: Tensor, weight: Tensor, given: Handover | None) -> None:
+    """For a product's backward pass: the weight last, and the input unless it is brought."""
+    ctx.given = given
+    ctx.save_for_backward(*((x, weight) if given is None else (weight,)))
+
+
+def _wait_for_input(ctx: Any, dy: Tensor) -> None:
+    """Add the weight's gradient when the product's input is there."""
+    sink: GradientSink = ctx.sink
+
+    def use(x: Tensor) -> None:
+        add_weight_gradient(sink, dy, x)
+
+    ctx.given.wait(use)
 
 
 class _ColumnLinear(torch.autograd.Function):
@@ -128,8 +170,9 @@ class _ColumnLinear(torch.autograd.Function):
         bias: Tensor | None,
         split: TensorSplit,
         sink: GradientSink | None,
+        given: Handover | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        _save(ctx, x, weight, given)
         ctx.split, ctx.sink, ctx.has_bias = split, sink, bias is not None
         if split.sequence:
             return gather_product(x, weight.t(), bias, split.axis, split.chunks)[0]
@@ -137,11 +180,16 @@ class _ColumnLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        flat = dy.flatten(0, -2)
+        if ctx.given is not None:  # not cut
+            (weight,) = ctx.saved_tensors
+            _wait_for_input(ctx, flat)
+            dbias = flat.sum(0) if ctx.has_bias else None
+            return project_back(dy, weight), None, dbias, None, None, None
         x, weight = ctx.saved_tensors
         axis, sequence = ctx.split.axis, ctx.split.sequence
         # The tokens are gathered again, not kept: 1 / tp of the activation memory, hidden behind dgrad.
         whole, gathering = start_all_gather(x, axis) if sequence else (x, None)
-        flat = dy.flatten(0, -2)
         # A wgrad that is put off hides nothing: dgrad then hides its own sum.
         chunks = ctx.split.chunks if ctx.sink is not None and ctx.sink.queue is not None else 1
         dx, summing = (product_scatter if sequence else product_sum)(flat, weight, axis, chunks)
@@ -150,14 +198,21 @@ class _ColumnLinear(torch.autograd.Function):
         dbias = flat.sum(0) if ctx.has_bias else None
         for work in summing:
             wait(work)
-        return dx.view(x.shape), dweight, dbias, None, None
+        return dx.view(x.shape), dweight, dbias, None, None, None
 
 
 class _RowLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, split: TensorSplit, sink: GradientSink | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.split, ctx.sink = split, sink
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        split: TensorSplit,
+        sink: GradientSink | None,
+        given: Handover | None,
+    ) -> Tensor:
+        _save(ctx, x, weight, given)
+        ctx.split, ctx.sink, ctx.input_shape = split, sink, x.shape
         multiply = product_scatter if split.sequence else product_sum
         out, summing = multiply(x.flatten(0, -2), weight.t(), split.axis, split.chunks)
         for work in summing:
@@ -166,13 +221,17 @@ class _RowLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        *kept, weight = ctx.saved_tensors
         if ctx.split.sequence:
             dx, whole = gather_product(dy, weight, None, ctx.split.axis, ctx.split.chunks, keep=True)
             assert whole is not None
         else:
             dx, whole = project_back(dy, weight), dy
-        return dx.view(x.shape), add_weight_gradient(ctx.sink, whole, x), None, None
+        dx = dx.view(ctx.input_shape)
+        if ctx.given is not None:
+            _wait_for_input(ctx, whole)
+            return dx, None, None, None, None
+        return dx, add_weight_gradient(ctx.sink, whole, kept[0]), None, None, None
 
 
 def embedding_rows(ids: Tensor, weight: Tensor) -> Tensor:

@@ -22,10 +22,11 @@ the optimizer's state (dp_shard · cp; 1 with zero=0):
                     is on its way (looped_bfs posts the receives of a whole step: as much for each micro-batch)
     communication   grad_reduce_dtype="bf16": two buckets on their way, sent and received; fp32 travels in place
     workspace       the largest of: the loss (a chunk of logits; with tp > 1 also tokens and dx); the backward pass of
-                    one layer (gradients of T · (3f + 2H), a fully recomputed layer's activations) less what the loss
-                    has given back by then. With zero=3 the loss also makes a gradient of V / tp rows, which waits for
-                    the embedding's where the matrix is tied; and the embedding's gradient is the largest where it is
-                    larger than all activations of that micro-batch.
+                    one layer (gradients of T · (3f + 2H), T · f if the activation's output is made again, a fully
+                    recomputed layer's activations) less what the loss has given back by then. With zero=3 the loss
+                    also makes a gradient of V / tp rows, which waits for the embedding's where the matrix is tied;
+                    and the embedding's gradient is the largest where it is larger than all activations of that
+                    micro-batch.
 
 P of a layer is (n + 2k) D H + n D H + (2 or 1) f H + f H with biases and norms; V is padded to a multiple that tp
 divides. Between the I and the W pass of a zero-bubble schedule a stage keeps the factors of its layers' weight
@@ -47,7 +48,7 @@ from typing import Any
 
 from megalite.config import ModelConfig, ParallelConfig, RecomputeConfig
 from megalite.config_parallel import ZERO_BUBBLE
-from megalite.layers.recompute import Recompute
+from megalite.layers.recompute import KEEP, Recompute
 from megalite.layers.recompute_plan import Share, kept_bytes, layer_bytes, recompute_plan
 from megalite.parallel.action_table import Op, Step, Table, schedule_table
 from megalite.parallel.stages import StagePlan, plan_stages
@@ -77,7 +78,11 @@ class Job:
     remainders: bool = True
     """bf16 weights are a part of their masters, where masters are not the weights."""
     gpu: bool = True
-    """The chunk of logits is a GPU's, not a CPU's."""
+    """The chunk of logits is a GPU's, not a CPU's, and so is what costs next to nothing to make again."""
+    compiled: bool = False
+    """Blocks are compiled."""
+    fp8: bool = False
+    """Blocks multiply in FP8."""
 
     @property
     def share(self) -> Share:
@@ -143,8 +148,11 @@ def estimate_memory(job: Job) -> tuple[RankMemory, ...]:
     job.parallel.validate_model(job.model)
     job.parallel.validate_microbatches(job.num_microbatches)
     kept, sizes = activation_peaks(job), stage_bytes(job)
-    full = any(choice.full for choice in recompute_choices(job).values())
-    return tuple(_rank_memory(job, rank, kept[rank], sizes, full) for rank in range(job.parallel.pp))
+    choices = tuple(recompute_choices(job).values())
+    again = Recompute(
+        activation=any(choice.activation for choice in choices), full=any(choice.full for choice in choices)
+    )
+    return tuple(_rank_memory(job, rank, kept[rank], sizes, again) for rank in range(job.parallel.pp))
 
 
 def worst_rank(job: Job) -> RankMemory:
@@ -152,7 +160,7 @@ def worst_rank(job: Job) -> RankMemory:
     return max(estimate_memory(job), key=lambda memory: memory.total)
 
 
-def _rank_memory(job: Job, rank: int, activations: int, sizes: list[int], full: bool) -> RankMemory:
+def _rank_memory(job: Job, rank: int, activations: int, sizes: list[int], again: Recompute) -> RankMemory:
     e, wide, n = job.itemsize, job.share.wide, job.state_ranks
     parallel, plan = job.parallel, job.stages
     own = plan.stages_of(rank)
@@ -176,7 +184,7 @@ def _rank_memory(job: Job, rank: int, activations: int, sizes: list[int], full: 
         activations=activations,
         pipeline=_pipeline_buffers(job, len(own), first, last),
         communication=_bucket_buffers(job, count),
-        workspace=_workspace(job, sizes[0] if first else None, last, full),
+        workspace=_workspace(job, sizes[0] if first else None, last, again),
     )
 
 
@@ -311,9 +319,20 @@ def recompute_choices(job: Job) -> dict[int, Recompute]:
                 sizes[stage] = _stage_bytes(job, plan, stage, trial)
             return _peak(rows[rank], sizes, _waiting(job, sizes))
 
-        chosen = recompute_plan(job.model, job.recompute, share, len(layers), kept)
+        chosen = recompute_plan(job.model, job.recompute, share, len(layers), kept, cheap_choice(job))
         choices.update(zip(layers, chosen, strict=True))
     return choices
+
+
+def cheap_choice(job: Job) -> Recompute:
+    """What costs next to nothing to make again.
+
+    On CPUs, whose passes over memory are a tenth of a step, only where the backward pass that reads a tensor's sources
+    anyway writes it again (`megalite.parallel.handover`): 0.3 % of a step, where passes for themselves take 5 %.
+    """
+    if job.gpu or job.compiled or job.fp8 or not job.adds_in_place:
+        return KEEP
+    return Recompute(norm=job.parallel.tp == 1, activation=True)
 
 
 def _pipeline_buffers(job: Job, stages: int, first: bool, last: bool) -> int:
@@ -332,23 +351,24 @@ def _bucket_buffers(job: Job, parameters: int) -> int:
     return min(2 * parallel.bucket_size, parameters) * 2 * 2
 
 
-def _workspace(job: Job, first: int | None, last: bool, full: bool) -> int:
+def _workspace(job: Job, first: int | None, last: bool, again: Recompute) -> int:
     """Bytes on top of what is kept; `first` is what the first stage keeps of a micro-batch, if it is here."""
     share, model = job.share, job.model
     gradient = vocabulary_rows(model, share.tp) * model.hidden_size * share.itemsize
     gradient = 0 if job.adds_in_place else gradient
     tied = gradient if model.tie_word_embeddings and first is not None and last else 0
-    layer = _layer_workspace(job, full) + tied - (loss_bytes(job) if last else 0)
+    layer = _layer_workspace(job, again) + tied - (loss_bytes(job) if last else 0)
     embedding = 0 if first is None else gradient + tied - first
     return max(0, layer, embedding, _loss_workspace(job, gradient) if last else 0)
 
 
-def _layer_workspace(job: Job, full: bool) -> int:
+def _layer_workspace(job: Job, again: Recompute) -> int:
     """Gradients within a layer, and its activations if they are made again."""
     share, model = job.share, job.model
     kept = layer_bytes(model, share)
     gradients = kept.inner + kept.active + 2 * share.tokens * model.hidden_size * share.itemsize
-    return gradients + (sum(kept) - kept.stream // 2 if full else 0)
+    made = sum(kept) - kept.stream // 2 if again.full else kept.active if again.activation else 0
+    return gradients + made
 
 
 def _loss_workspace(job: Job, gradient: int) -> int:

@@ -112,6 +112,8 @@ def plan_run(config: RunConfig, processes: int) -> RunPlan:
         gpu=train.device != "cpu",
         fp8_copies=train.precision == "fp8" and train.fp8_copies,
         remainders=config.optimizer.store_param_remainders,
+        compiled=train.compile,
+        fp8=train.precision == "fp8",
     )
     stages = plan_stages(model, parallel, train.seq_length)
     shape = StepShape(

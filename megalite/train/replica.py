@@ -247,11 +247,8 @@ def build_replica(
     """
     plan = plan_stages(config, parallel, seq_length or micro_batch_tokens)
     own = plan.stages_of(mesh.pp.rank)
-    part = ModelPart(
-        layers=tuple(number for stage in own for number in plan.layers[stage]),
-        embedding=0 in own,
-        head=plan.num_stages - 1 in own,
-    )
+    layers = tuple(number for stage in own for number in plan.layers[stage])
+    part = ModelPart(layers, embedding=0 in own, head=plan.num_stages - 1 in own)
     split = TensorSplit(mesh.tp, parallel.sequence_parallel and mesh.tp.size > 1, parallel.tp_chunks)
     model = Transformer(config, split, part=part, device=mesh.device)
     if recompute is not None:
@@ -264,6 +261,9 @@ def build_replica(
             itemsize=dtype.itemsize,
             recompute=recompute,
             seq_length=seq_length,
+            gpu=mesh.device.type != "cpu",
+            compiled=bool(compile_backend),
+            fp8=fp8 is not None,
         )
         model.recompute = recompute_choices(job)
     if compile_backend:

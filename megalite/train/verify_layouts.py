@@ -92,7 +92,7 @@ def name_of(parallel: ParallelConfig, world: int, recompute: RecomputeConfig = P
         words += [f"zero{parallel.zero}"]
         words += [f"shard{parallel.dp_shard}"] if parallel.dp_shard not in (0, dp) else []
         words += ["bf16sum"] if parallel.grad_reduce_dtype == "bf16" else []
-    if recompute.kind != "none":
+    if recompute.kind not in ("auto", "none"):
         words.append(f"recompute-{recompute.kind}")
     return "-".join(words) or "one"
 

@@ -34,7 +34,8 @@ from tests.parallel.replicas import make_replica
 
 GB = 1e9
 KINDS = {
-    "none": RecomputeConfig(),
+    "none": RecomputeConfig(kind="none"),
+    "auto": RecomputeConfig(),
     "norm": RecomputeConfig(kind="selective", parts=("norm",)),
     "activation": RecomputeConfig(kind="selective", parts=("activation",)),
     "attention": RecomputeConfig(kind="selective", parts=("attention",)),
@@ -109,6 +110,7 @@ def test_kept_bytes_of_a_whole_model(name: str, kind: str) -> None:
         tokens=TOKENS,
         itemsize=4,
         recompute=KINDS[kind],
+        gpu=False,
     )
     assert kept_by(MODELS[name], job.parallel, KINDS[kind]) == pytest.approx(stage_bytes(job)[0], abs=SCALARS)
 
@@ -121,7 +123,7 @@ def kept_by_kinds(model: ModelConfig, parallel: ParallelConfig) -> list[int]:
 @pytest.mark.parametrize("name", ["llama", "qwen3-tied", "gpt2"])
 def test_kept_bytes_over_two_tensor_parallel_ranks(rank_pool: Any, name: str, sequence: bool) -> None:
     parallel = ParallelConfig(tp=2, sequence_parallel=sequence)
-    job = Job(model=MODELS[name], parallel=parallel, world_size=2, tokens=TOKENS, itemsize=4)
+    job = Job(model=MODELS[name], parallel=parallel, world_size=2, tokens=TOKENS, itemsize=4, gpu=False)
     expected = [stage_bytes(dataclasses.replace(job, recompute=kind))[0] for kind in KINDS.values()]
     for kept in rank_pool(2).run(kept_by_kinds, MODELS[name], parallel):
         assert kept == pytest.approx(expected, abs=SCALARS)

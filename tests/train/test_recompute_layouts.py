@@ -15,15 +15,22 @@ from megalite.layers.recompute import FULL, KEEP
 from megalite.parallel.mesh import Mesh, mesh_of_group
 from megalite.parallel.random import initialize
 from megalite.train.replica import build_replica
+from tests.helpers.kept import Watch
 from tests.parallel.layouts import MODELS, packed_batch
 
 MODEL = dataclasses.replace(MODELS["qwen3-tied"], num_layers=4)
 BATCHES = [packed_batch(32, seed) for seed in range(4)]
 KINDS = (
+    RecomputeConfig(kind="none"),
     RecomputeConfig(),
     RecomputeConfig(kind="selective", parts=("norm", "activation", "attention")),
     RecomputeConfig(kind="full"),
 )
+
+
+PASSES = (
+    "glu_fwd", "glu_bwd", "glu_bwd_again", "rms_norm_fwd", "rms_norm_residual_fwd", "rms_norm_bwd", "rms_norm_bwd_again"
+)  # fmt: skip
 
 
 def gradients_of(layout: ParallelConfig, kind: RecomputeConfig, batches: list[MicroBatch]) -> list[Tensor]:
@@ -56,6 +63,24 @@ def same_bits(layout: ParallelConfig, batches: list[MicroBatch]) -> list[bool]:
 def test_weight_gradients_are_added_once() -> None:
     """Main gradients take what each layer's backward pass adds; a second run of a forward pass adds nothing."""
     assert all(same_bits(ParallelConfig(), BATCHES))
+
+
+def test_what_costs_next_to_nothing_runs_no_pass_of_its_own() -> None:
+    """The backward passes of norms and activations write again what they gave: no forward pass runs twice."""
+    counts = []
+    for kind in KINDS[:2]:
+        watch = Watch()
+        with watch:
+            gradients_of(ParallelConfig(), kind, BATCHES[:1])
+        counts.append({name: watch.calls[f"megalite::{name}"] for name in PASSES})
+    layers = MODEL.num_layers
+    again = {
+        "glu_bwd": -layers,
+        "glu_bwd_again": layers,
+        "rms_norm_bwd": -2 * layers,
+        "rms_norm_bwd_again": 2 * layers,
+    }
+    assert counts[1] == {name: count + again.get(name, 0) for name, count in counts[0].items()}
 
 
 @pytest.mark.parametrize(
