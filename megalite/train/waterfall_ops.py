@@ -169,7 +169,7 @@ TABLE: dict[str, Op] = {
                 "_fused_rms_norm_backward", "_softmax", "_softmax_backward_data", "_to_copy", "_unsafe_index", "all",
                 "amax", "amin", "any", "arange", "argmax", "argmin", "cat", "clone", "contiguous", "copy_", "cumsum",
                 "dot", "embedding", "embedding_dense_backward", "fill_", "full", "full_like", "gather", "index",
-                "index_add_", "index_put_", "index_select", "linalg_vector_norm", "logsumexp", "masked_fill",
+                "index_add_", "index_fill_", "index_put_", "index_select", "linalg_vector_norm", "logsumexp", "masked_fill",
                 "masked_fill_", "masked_select", "max", "mean", "min", "native_layer_norm",
                 "native_layer_norm_backward", "nonzero", "norm", "ones", "ones_like", "repeat", "repeat_interleave",
                 "roll", "scalar_tensor", "scatter_", "scatter_add_", "searchsorted", "slice_backward",
