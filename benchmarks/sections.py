@@ -84,7 +84,10 @@ def percent(value: float, digits: int = 1) -> str:
 
 
 def throughput_tables(results: Path, chosen: Chosen) -> str:
-    """One table for each shape, precision and machine by the wall clock; below, the same by process time."""
+    """One table for each shape, precision and machine by the wall clock; below, the same by process time.
+
+    The machine that was measured last comes first.
+    """
     records = throughput(results)
     if not records:
         return absent(results, THROUGHPUT)
@@ -92,6 +95,8 @@ def throughput_tables(results: Path, chosen: Chosen) -> str:
     if not records:
         words = " ".join(f"{field}={value}" for field, value in chosen.items())
         raise ValueError(f"no record of {THROUGHPUT} has {words}: measure it, or change the marker")
+    newest = {m: max(r["time"] for r in records if machine_of(r) == m) for m in map(machine_of, records)}
+    records = sorted(records, key=lambda record: newest[machine_of(record)], reverse=True)
     walls = [record for record in records if record["clock"] == "wall"]
     shown = {same_work(record) for record in walls}
     beside = [record for record in records if record["clock"] != "wall"]
