@@ -93,6 +93,20 @@ def test_a_gpu_has_both_peaks(tmp_path: Path) -> None:
         tables.render(chosen.replace("fp32", "fp8"), tmp_path, ".")
 
 
+def test_the_machine_that_was_measured_last_comes_first(tmp_path: Path) -> None:
+    card = {"device": "NVIDIA H100", "table_peak_tflops": 989.0, "peak_source": "table of dense bf16 figures"}
+    older, newer = (
+        throughput_record(time="2026-11-24T10:00:00"),
+        throughput_record(time="2026-11-25T10:00:00"),
+    )
+    for records in ([older, newer | card], [older | card, newer]):
+        file = tmp_path / "throughput.jsonl"
+        file.unlink(missing_ok=True)
+        write(file, records)
+        table = tables.render("<!-- benchmarks: throughput -->\n<!-- end -->", tmp_path, ".")
+        assert table.index("2026-11-25") < table.index("2026-11-24")
+
+
 def test_kernels_of_several_machines_are_not_mixed(tmp_path: Path) -> None:
     times = {"megalite": 7.0, "torch": 21.0, "compile": 10.5, "copy": 6.3}
     file = tmp_path / "kernels" / "swiglu.jsonl"
