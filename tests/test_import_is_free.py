@@ -116,3 +116,16 @@ def test_importing_every_module_of_the_commands_changes_no_state_of_torch():
 
 def test_the_version_is_known_without_torch():
     run("import megalite\nassert megalite.__version__\nassert 'torch' not in sys.modules")
+
+
+def test_a_run_that_does_not_compile_imports_no_inductor():
+    """Which takes a second, in every rank at every start and restart."""
+    run(
+        "import torch\n"
+        "from megalite.config import RunConfig\n"
+        "from megalite.parallel.mesh import Mesh\n"
+        "from megalite.train.setup import prepare_process\n"
+        "prepare_process(RunConfig(), Mesh(torch.device('cpu')))\n"
+        "assert torch.are_deterministic_algorithms_enabled()\n"
+        "assert 'torch._inductor' not in sys.modules"
+    )

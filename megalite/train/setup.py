@@ -90,7 +90,10 @@ def prepare_process(config: RunConfig, mesh: Mesh) -> None:
         threads = config.train.threads or max(1, (os.cpu_count() or 1) // mesh.local_size)
         torch.set_num_threads(threads)
         keep_freed_pages()
-    torch.use_deterministic_algorithms(True)
+    if config.train.compile:
+        torch.use_deterministic_algorithms(True)
+    else:  # the same mode, without Inductor's part of it, whose import takes a second
+        torch.set_deterministic_debug_mode("error")
     # The mode above would also fill every new tensor with NaN, a write more for each of them.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
