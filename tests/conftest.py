@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.order import longest_first
 from tests.helpers.rank_pool import WORLD_SIZES, RankPool
 
 
@@ -26,6 +27,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    paths = [item.nodeid.split("::", 1)[0] for item in items]
+    keys = longest_first(paths)
+    items.sort(key=lambda item: keys[item.nodeid.split("::", 1)[0]])
 
 
 @pytest.fixture(scope="session")

@@ -7,21 +7,23 @@ second by a marker, but has no effect with pytest 9.2, where node ids cannot be 
 
 from __future__ import annotations
 
-from functools import cache
+from typing import Any
 
+import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-from tests.helpers.source import ROOT
+from tests.helpers.order import names_rank_pool
 
 
 class FilesAndRankPool(LoadScopeScheduling):
-    """Scopes are files, but for one scope of all files that name ``rank_pool``."""
+    """Scopes are files, but for one scope of all files that name ``rank_pool``; in the order they were collected."""
+
+    def __init__(self, config: pytest.Config, log: Any = None) -> None:
+        super().__init__(config, log)
+        config.option.loadscopereorder = (
+            False  # xdist's order, by number of tests, leaves the long ones to the end
+        )
 
     def _split_scope(self, nodeid: str) -> str:
         path = nodeid.split("::", 1)[0]
         return "rank_pool" if names_rank_pool(path) else path
-
-
-@cache
-def names_rank_pool(path: str) -> bool:
-    return "rank_pool" in (ROOT / path).read_text(encoding="utf-8")
