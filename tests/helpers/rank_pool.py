@@ -188,11 +188,14 @@ class _Rank:
 
 
 def _context() -> Any:
-    """Forks of a server that has imported torch already (1 s for 8 ranks); spawned processes elsewhere."""
+    """Forks of a server that has imported torch already (1 s for 8 ranks); spawned processes elsewhere.
+
+    FSDP2 and what it imports at first use (Dynamo) take 1.8 s, which each of 14 ranks would spend.
+    """
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "numpy", "pytest"])
+    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch._dynamo", "numpy", "pytest"])
     return context
 
 
