@@ -1,4 +1,7 @@
-"""A rank is killed under torchrun: the agent starts all again, and no loss differs from an undisturbed run's."""
+"""A rank is killed under torchrun: the agent starts all again, and no loss differs from an undisturbed run's.
+
+Nor do the undisturbed ranks' losses differ from those of one process.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import pytest
 
 from megalite.train.runlog import read_records
 from tests.helpers.ranks import free_port, ranks, wait_until
-from tests.helpers.runs import ROOT, command, environment, write_config
+from tests.helpers.runs import ROOT, command, environment, run, write_config
 from tests.helpers.tiny import make_dataset, read_losses, tiny_values
 
 STEPS = 30
@@ -70,6 +73,14 @@ def rank_process(agents: list[int], rank: int) -> int:
             if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
                 return int(child)
     raise AssertionError(f"no process of rank {rank}")
+
+
+def test_two_ranks_give_the_losses_of_one_process(dataset, undisturbed, tmp_path):
+    done = run("pretrain", config(tmp_path, dataset))
+    assert done.returncode == 0, done.stderr
+    alone = read_losses(tmp_path / "run")
+    assert len(alone) == STEPS
+    assert max(abs(undisturbed[s] - alone[s]) / alone[s] for s in range(1, 21)) < 1e-5
 
 
 @pytest.mark.timeout(600)

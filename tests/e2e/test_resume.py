@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from megalite.train.checkpoint import read_manifest, verify_folder
 from megalite.train.runlog import read_records
 from tests.helpers.runs import run, run_and_signal, write_config
 from tests.helpers.tiny import make_dataset, read_losses, tiny_values
 
+pytestmark = pytest.mark.timeout(600)  # minutes where the machine is shared; half of one where it is not
 STEPS = 40
 
 
@@ -35,11 +37,13 @@ def make_config(path: Path, dataset: Path, run_dir: Path, **sections: dict) -> P
     return write_config(path, values)
 
 
-def uninterrupted(tmp_path: Path, dataset: Path) -> dict[int, float]:
-    config = make_config(tmp_path / "whole.toml", dataset, tmp_path / "whole")
-    done = run("pretrain", str(config))
+@pytest.fixture(scope="module")
+def uninterrupted(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """Losses of a run that nobody kills."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = run("pretrain", str(make_config(folder / "c.toml", dataset, folder / "run")))
     assert done.returncode == 0, done.stderr
-    losses = read_losses(tmp_path / "whole")
+    losses = read_losses(folder / "run")
     assert len(losses) == STEPS
     return losses
 
@@ -87,28 +91,27 @@ def kill_until_done(
     return read_losses(run_dir), hits, in_save
 
 
-def test_killed_runs_repeat_every_loss_bit_for_bit(dataset, tmp_path):
-    losses, hits, _ = kill_until_done(tmp_path, dataset, kills=3, seed=1)
-    assert hits >= 2
-    assert losses == uninterrupted(tmp_path, dataset)
+def test_killed_runs_repeat_every_loss_bit_for_bit(dataset, uninterrupted, tmp_path):
+    losses, hits, _ = kill_until_done(tmp_path, dataset, kills=2, seed=1)  # one aims at a save
+    assert hits == 2
+    assert losses == uninterrupted
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_twenty_kills_some_of_them_during_a_save(dataset, tmp_path):
-    expected = uninterrupted(tmp_path, dataset)
+def test_twenty_kills_some_of_them_during_a_save(dataset, uninterrupted, tmp_path):
     total = saves = attempt = 0
     while total < 20 or saves < 3:
         folder = tmp_path / str(attempt)
         folder.mkdir()
         losses, hits, in_save = kill_until_done(folder, dataset, kills=8, seed=100 + attempt)
-        assert losses == expected
+        assert losses == uninterrupted
         total, saves, attempt = total + hits, saves + in_save, attempt + 1
     print(f"{total} kills, {saves} of them during a save, over {attempt} runs")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_exits_with_75(number, dataset, tmp_path):
+def test_a_signal_saves_and_exits_with_75(number, dataset, uninterrupted, tmp_path):
     run_dir = tmp_path / "run"
     config = make_config(tmp_path / "c.toml", dataset, run_dir, checkpoint={"interval": 0})
 
@@ -121,18 +124,9 @@ def test_a_signal_saves_and_exits_with_75(number, dataset, tmp_path):
     events = read_records(run_dir / "events.jsonl")
     assert events[-1]["kind"] == "preempt"
     assert events[-1]["signal"] == number.name
-    done = run("pretrain", str(config), "--json")
-    assert done.returncode == 0, done.stderr
-    assert read_losses(run_dir) == uninterrupted(tmp_path, dataset)
-
-
-def test_torchrun_gives_the_losses_of_one_process(dataset, tmp_path):
-    config = make_config(tmp_path / "c.toml", dataset, tmp_path / "run", train={"precision": "fp32"})
-    done = run("pretrain", str(config), processes=2)
-    assert done.returncode == 0, done.stderr
-    alone = make_config(tmp_path / "d.toml", dataset, tmp_path / "alone", train={"precision": "fp32"})
-    single = run("pretrain", str(alone))
-    assert single.returncode == 0, single.stderr
-    many, one = read_losses(tmp_path / "run"), read_losses(tmp_path / "alone")
-    assert len(many) == STEPS
-    assert max(abs(many[s] - one[s]) / one[s] for s in range(1, 21)) < 1e-5
+    saved = run_dir / "checkpoints" / f"step_{events[-1]['step']:08d}"
+    verify_folder(saved, read_manifest(saved))
+    if number == signal.SIGTERM:  # what follows is the same for both
+        done = run("pretrain", str(config), "--json")
+        assert done.returncode == 0, done.stderr
+        assert read_losses(run_dir) == uninterrupted

@@ -30,7 +30,7 @@ def command(*arguments: str, processes: int = 0) -> list[str]:
 
 
 def run(
-    *arguments: str, processes: int = 0, timeout: float = 100, **extra: str
+    *arguments: str, processes: int = 0, timeout: float = 200, **extra: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
     return subprocess.run(
@@ -51,7 +51,7 @@ def write_config(path: Path, values: dict[str, Any]) -> Path:
 
 
 def run_and_signal(
-    *arguments: str, number: signal.Signals, when: Any, timeout: float = 60
+    *arguments: str, number: signal.Signals, when: Any, timeout: float = 200
 ) -> tuple[int, str]:
     """Start a command, send it a signal once `when()` is true; returns the exit code and standard error.
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -125,6 +128,19 @@ def with_datasets(config: RunConfig, *paths: Path) -> RunConfig:
     """The same run on several datasets of equal weight."""
     datasets = tuple(DatasetSpec(path=str(path)) for path in paths)
     return dataclasses.replace(config, data=DataConfig(datasets=datasets, seed=config.data.seed))
+
+
+@contextlib.contextmanager
+def cheap_surroundings() -> Iterator[None]:
+    """Runs in this process without measuring the GEMM peak and drawing the report, which take seconds.
+
+    tests/train/test_trainer.py and tests/e2e have runs with both.
+    """
+    with (
+        mock.patch("megalite.train.flops.measure_gemm_tflops", return_value=0.1),
+        mock.patch("megalite.train.run.write_report", side_effect=lambda run_dir: run_dir / "report.html"),
+    ):
+        yield
 
 
 def read_losses(run_dir: Path) -> dict[int, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from megalite.train.run import run_pretraining
 from megalite.train.runlog import read_records
 from megalite.train.verify import Verification
 from megalite.train.verify_layouts import all_layouts
-from tests.helpers.tiny import make_dataset, read_losses, tiny_config, tiny_values
+from tests.helpers.tiny import cheap_surroundings, make_dataset, read_losses, tiny_config, tiny_values
 from tests.models.test_transformer import CONFIGS, make, packed_run, random_tokens, replace_other_documents
 
 CPU = Mesh(device=torch.device("cpu"))
@@ -36,10 +37,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _cheap_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measuring the GEMM peak and drawing the report take seconds."""
-    monkeypatch.setattr("megalite.train.flops.measure_gemm_tflops", lambda *_, **__: 0.1)
-    monkeypatch.setattr("megalite.train.run.write_report", lambda run_dir: run_dir / "report.html")
+def _surroundings() -> Iterator[None]:
+    with cheap_surroundings():
+        yield
 
 
 def train(dataset: Path, run_dir: Path, **sections: dict[str, Any]) -> dict[int, float]:

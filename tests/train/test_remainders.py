@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from megalite.train.run import run_pretraining
 from megalite.train.setup import build_session
 from megalite_kernels import adamw_
 from megalite_kernels.reference.adamw import split
-from tests.helpers.tiny import make_dataset, read_losses, tiny_config
+from tests.helpers.tiny import cheap_surroundings, make_dataset, read_losses, tiny_config
 
 CPU = Mesh(device=torch.device("cpu"))
 EARLIER, STEPS = 3, 6
@@ -40,10 +40,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _cheap_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measuring the GEMM peak and drawing the report take seconds."""
-    monkeypatch.setattr("megalite.train.flops.measure_gemm_tflops", lambda *_, **__: 0.1)
-    monkeypatch.setattr("megalite.train.run.write_report", lambda run_dir: run_dir / "report.html")
+def _surroundings() -> Iterator[None]:
+    with cheap_surroundings():
+        yield
 
 
 def round_ties_away(patch: Callable[[Any, str, Any], None]) -> None:
@@ -90,7 +89,7 @@ def run(config: RunConfig, mesh: Mesh = CPU) -> None:
 
 
 def run_on_rank(config: RunConfig) -> None:
-    with pytest.MonkeyPatch.context() as patch:
+    with cheap_surroundings(), pytest.MonkeyPatch.context() as patch:
         if not config.optimizer.store_param_remainders:
             round_ties_away(patch.setattr)
         run(config, mesh_of_group(config.parallel, torch.device("cpu")))

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ from megalite.train.run import run_pretraining
 from megalite.train.runlog import read_records
 from megalite.train.setup import Session, build_session, check_same_run
 from megalite.train.trainer import Trainer
-from tests.helpers.tiny import make_dataset, read_losses, tiny_config
+from tests.helpers.tiny import cheap_surroundings, make_dataset, read_losses, tiny_config
 
 CPU = Mesh(device=torch.device("cpu"))
 
@@ -38,11 +40,11 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _cheap_surroundings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measuring the GEMM peak and drawing the report take seconds; one test keeps them."""
-    if request.node.get_closest_marker("whole") is None:
-        monkeypatch.setattr("megalite.train.flops.measure_gemm_tflops", lambda *_, **__: 0.1)
-        monkeypatch.setattr("megalite.train.run.write_report", lambda run_dir: run_dir / "report.html")
+def _surroundings(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One test keeps the costly ones."""
+    whole = request.node.get_closest_marker("whole") is not None
+    with contextlib.nullcontext() if whole else cheap_surroundings():
+        yield
 
 
 def train(config: RunConfig, mesh: Mesh = CPU) -> dict:
@@ -52,7 +54,8 @@ def train(config: RunConfig, mesh: Mesh = CPU) -> dict:
 
 
 def session_for(config: RunConfig, mesh: Mesh = CPU) -> Session:
-    return build_session(config, mesh)
+    with cheap_surroundings():  # in a rank's process too
+        return build_session(config, mesh)
 
 
 def gradients(trainer: Trainer) -> list[tuple[str, tuple[slice, ...], torch.Tensor]]:
@@ -187,7 +190,8 @@ def test_ranks_with_unequal_masks_equal_one_process(dataset, tmp_path, rank_pool
 
 def run_on_rank(config: RunConfig) -> int:
     mesh = ranks_mesh()
-    return run_pretraining(config, mesh, command="test", config_toml=lambda config: "").code
+    with cheap_surroundings():
+        return run_pretraining(config, mesh, command="test", config_toml=lambda config: "").code
 
 
 @pytest.mark.parametrize("world", [2, 4])
