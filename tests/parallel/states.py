@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -35,6 +36,13 @@ OTHER_AXES: list[dict[str, Any]] = [
     {"cp": 4},
 ]
 """Layouts of four ranks; dp takes what is left."""
+STATE_MODELS = ["llama", "qwen3-tied", "gpt2"]
+IN_TURN: list[Any] = [
+    pytest.param(layout, name, id=f"{layout}-{name}", marks=[] if j == i % 3 else pytest.mark.slow)
+    for i, layout in enumerate(OTHER_AXES)
+    for j, name in enumerate(STATE_MODELS)
+]
+"""Each of them with one model after the other; the rest is slow, as in tests/parallel/test_matrix.py."""
 
 
 @dataclass
@@ -47,6 +55,10 @@ class Steps:
     """Of every step."""
     weights: dict[str, Tensor] = field(default_factory=dict)
     """After the last."""
+
+
+FOUR_IN_MATRIX: list[Any] = [2, pytest.param(4, marks=pytest.mark.slow)]
+"""Numbers of ranks along dp. Four are in tests/parallel/test_matrix.py and, beside other axes, in `OTHER_AXES`."""
 
 
 Part = tuple[Piece, tuple[int, ...], Tensor]

@@ -10,7 +10,9 @@ from megalite.parallel.data import FlatBuffers
 from megalite.parallel.mesh import ALONE
 from megalite_kernels.reference.adamw import split
 from tests.parallel.states import (
-    OTHER_AXES,
+    FOUR_IN_MATRIX,
+    IN_TURN,
+    STATE_MODELS,
     TOLERANCE,
     assert_same,
     check,
@@ -23,15 +25,14 @@ from tests.parallel.states import (
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("name", ["llama", "qwen3-tied", "gpt2"])
+@pytest.mark.parametrize("name", STATE_MODELS)
 @pytest.mark.parametrize("zero", [0, 1])
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", FOUR_IN_MATRIX)
 def test_data_parallel(rank_pool, ranks, zero, name, dtype):
     check(rank_pool, ranks, name, dtype, zero=zero, bucket_size=500 * ranks)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3-tied", "gpt2"])
-@pytest.mark.parametrize("layout", OTHER_AXES, ids=str)
+@pytest.mark.parametrize(("layout", "name"), IN_TURN)
 def test_with_other_axes(rank_pool, layout, name):
     """Four ranks; dp takes what is left."""
     check(rank_pool, 4, name, torch.float64, bucket_size=800, **layout)

@@ -19,13 +19,15 @@ from megalite.parallel.tensor import UNSPLIT
 from megalite.train.generate import generate
 from megalite.train.replica import build_replica
 from megalite.train.run import run_pretraining
-from tests.helpers.tiny import make_dataset, read_losses, tiny_config
+from tests.helpers.tiny import cheap_surroundings, make_dataset, read_losses, tiny_config
 from tests.helpers.trace import trace
 from tests.parallel import layouts
 from tests.parallel.layouts import MODELS, build
 from tests.parallel.states import (
     CPU,
-    OTHER_AXES,
+    FOUR_IN_MATRIX,
+    IN_TURN,
+    STATE_MODELS,
     TOLERANCE,
     assert_same,
     check,
@@ -41,20 +43,23 @@ from tests.parallel.training import assert_layout_equals
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("name", ["llama", "qwen3-tied", "gpt2"])
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("name", STATE_MODELS)
+@pytest.mark.parametrize("ranks", FOUR_IN_MATRIX)
 def test_fully_sharded(rank_pool, ranks, name, dtype):
     check(rank_pool, ranks, name, dtype, zero=3)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3-tied", "gpt2"])
-@pytest.mark.parametrize("layout", OTHER_AXES, ids=str)
+@pytest.mark.parametrize(("layout", "name"), IN_TURN)
 def test_with_other_axes(rank_pool, layout, name):
     """Four ranks; dp takes what is left. Without ranks to divide over it is plain data parallelism."""
     check(rank_pool, 4, name, torch.float64, zero=3, **layout)
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zbv"])
+TWO_STAGES = ["interleaved", "zbv"]
+"""On each rank, as dualpipev has in tests/parallel/test_matrix.py."""
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", *(pytest.param(s, marks=pytest.mark.slow) for s in TWO_STAGES)])
 def test_with_a_pipeline(rank_pool, schedule):
     """Several forward passes before the first backward pass. Weight gradients are not put off: there are no sinks."""
     deep = dataclasses.replace(MODELS["qwen3-tied"], num_layers=4)
@@ -250,7 +255,8 @@ def test_one_process_has_nothing_to_divide():
 
 def train_on_rank(config: RunConfig) -> int:
     mesh = mesh_of_group(config.parallel, CPU)
-    return run_pretraining(config, mesh, command="test", config_toml=lambda config: "").code
+    with cheap_surroundings():
+        return run_pretraining(config, mesh, command="test", config_toml=lambda config: "").code
 
 
 def test_a_run_trains_validates_samples_saves_and_resumes(rank_pool, tmp_path):

@@ -94,6 +94,7 @@ def test_context_parallel(rank_pool: Any, layout: dict[str, Any], name: str) -> 
     check(rank_pool, 2 if layout.get("cp") == 2 and "tp" not in layout else 4, name, 1, **layout)
 
 
+@pytest.mark.slow  # tests/parallel/test_matrix.py trains in the same layouts of eight ranks
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"tp": 2, "cp": 2}, {"cp": 4}, {"tp": 4}])
 def test_eight_ranks(rank_pool: Any, layout: dict[str, Any], name: str) -> None:
