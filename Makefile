@@ -116,5 +116,5 @@ format: ## rewrite Python and C++ in the project's style
 
 .PHONY: clean
 clean: ## remove .venv and build outputs; data and runs are kept
-	rm -rf .venv build dist *.egg-info kernels/megalite_kernels/_C*.so kernels/megalite_kernels/native/cuda/kernels.zip
+	rm -rf .venv build dist *.egg-info kernels/megalite_kernels/_C*.so kernels/megalite_kernels/_pool*.so kernels/megalite_kernels/native/cuda/kernels.zip
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,9 +1,10 @@
-"""Two import packages in one distribution, the native library and compiled CUDA kernels, which are optional.
+"""Two import packages in one distribution, native libraries and compiled CUDA kernels, which are optional.
 
 Everything declarative is in pyproject.toml. This file only says what that one cannot: where the second
 package lives (``kernels/megalite_kernels``), and how ``megalite_kernels._C`` is compiled. A machine
 without a compiler gets a complete installation without it, and is told so; ``MEGALITE_NO_NATIVE=1`` skips
-the compilation.
+the compilation. ``megalite_kernels._pool``, the pool for large tensors, needs torch's headers: it is compiled where
+torch is installed already, and unused with another torch.
 
 The CUDA kernels' sources are always part of an installation, and compiled on the user's GPU when one is needed.
 ``MEGALITE_CUDA_BUILD`` says whether nvcc compiles them here already:
@@ -19,6 +20,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import sysconfig
 import types
 from pathlib import Path
 
@@ -36,6 +38,7 @@ COMPILE_FLAGS = [
     "-Wall", "-Wextra", "-Wno-psabi",
 ]  # fmt: skip
 OPENMP_FLAG = "-fopenmp"
+POOL = "megalite_kernels._pool"
 CUDA_FOLDER = "megalite_kernels/native/cuda"
 CUDA_ARCHIVE = f"{CUDA_FOLDER}/kernels.zip"
 CUDA_BUDGET_S = 60.0
@@ -53,6 +56,7 @@ def native_extensions() -> list[Extension]:
         return []
     sources = [bindings, *sorted(bindings.parent.glob("cpu/*.cpp"))]
     headers = sorted(path for path in bindings.parent.rglob("*") if path.suffix in HEADERS)
+    headers = [path for path in headers if path.parent.name != "pool"]
     return [
         Extension(
             "megalite_kernels._C",
@@ -63,8 +67,42 @@ def native_extensions() -> list[Extension]:
             extra_link_args=[OPENMP_FLAG],
             language="c++",
             optional=True,
+        ),
+        *pool_extensions(),
+    ]
+
+
+def pool_extensions() -> list[Extension]:
+    """``megalite_kernels._pool``, on Linux and where torch is."""
+    torch = torch_folder()
+    if sys.platform != "linux" or torch is None or not (torch / "lib" / "libc10.so").exists():
+        return []
+    folder = ROOT / "csrc" / "pool"
+    return [
+        Extension(
+            POOL,
+            sources=[relative(folder / "allocator.cpp")],
+            depends=[relative(folder / "pool.h")],
+            include_dirs=[str(torch / "include")],
+            library_dirs=[str(torch / "lib")],
+            libraries=["c10"],
+            extra_compile_args=[*COMPILE_FLAGS],
+            language="c++",
+            optional=True,
         )
     ]
+
+
+def torch_folder() -> Path | None:
+    """Where torch is: found, not imported, since that would take seconds.
+
+    In pip's isolated builds it cannot be imported, but the environment that is installed into is this Python's.
+    """
+    torch = importlib.util.find_spec("torch")
+    folder = (
+        Path(torch.origin).parent if torch and torch.origin else Path(sysconfig.get_path("platlib"), "torch")
+    )
+    return folder if folder.is_dir() else None
 
 
 def relative(path: Path) -> str:
@@ -76,11 +114,8 @@ def pybind11_include() -> str | None:
     try:
         import pybind11
     except ImportError:
-        torch = importlib.util.find_spec("torch")  # found, not imported: that would take seconds
-        if torch is None or torch.origin is None:
-            return None
-        folder = Path(torch.origin).parent / "include"
-        return str(folder) if (folder / "pybind11").is_dir() else None
+        torch = torch_folder()
+        return str(torch / "include") if torch and (torch / "include" / "pybind11").is_dir() else None
     return pybind11.get_include()
 
 
@@ -112,6 +147,12 @@ class OptionalBuildExt(build_ext):
         try:
             super().build_extension(ext)
         except Exception:  # every compiler, linker and platform failure means the same: try the next simpler
+            if ext.name == POOL:
+                print(
+                    "megalite: the pool for large tensors is not built: torch's own allocator",
+                    file=sys.stderr,
+                )
+                return
             print("megalite: trying again without OpenMP (one thread per native kernel)", file=sys.stderr)
             ext.extra_compile_args.remove(OPENMP_FLAG)
             ext.extra_link_args.remove(OPENMP_FLAG)

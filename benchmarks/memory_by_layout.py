@@ -17,12 +17,9 @@ One JSON record per layout, with the terms of each pipeline rank's estimate.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import gc
 import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -46,6 +43,7 @@ from megalite.train.memory_estimate import Job, estimate_memory
 from megalite.train.process import environment
 from megalite.train.replica import build_replica
 from megalite.train.run import commit
+from megalite_kernels.memory import release_freed_pages
 
 SELECTIVE = RecomputeConfig(kind="selective", parts=("norm", "activation", "attention"))
 FULL = RecomputeConfig(kind="full")
@@ -207,7 +205,7 @@ def peak_of_step(job: Job, mesh: Mesh, dtype: torch.dtype) -> int:
     batches = [random_batch(job, mesh, number).to(mesh.device) for number in range(job.num_microbatches)]
     one, keep = torch.ones((), device=mesh.device), torch.zeros((), dtype=torch.bool, device=mesh.device)
     for _ in range(2):
-        trim()
+        release_freed_pages()
         barrier(mesh.world)
         reset_peak(mesh)
         replica.gradients(batches, one / (job.tokens * job.num_microbatches))
@@ -218,7 +216,7 @@ def peak_of_step(job: Job, mesh: Mesh, dtype: torch.dtype) -> int:
         peak = peak_memory(mesh)
     replica.state.release()
     del replica, optimizer, batches
-    trim()
+    release_freed_pages()
     return peak
 
 
@@ -228,13 +226,6 @@ def random_batch(job: Job, mesh: Mesh, number: int) -> MicroBatch:
     ids = generator.integers(0, job.model.vocab_size, job.tokens + 1)
     starts = np.arange(0, job.tokens, -(-job.tokens // 4))
     return pack([ids[:-1]], [ids[1:]], [starts])
-
-
-def trim() -> None:
-    """Give freed memory back to the system."""
-    gc.collect()
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def occupied(mesh: Mesh) -> int:

@@ -76,7 +76,7 @@ class Arguments:
     document_tokens: int = 0
     """Mean length of documents, at whose ends attention ends: peers cannot do that and are left out; 0: none."""
     allocator: str = "kept"
-    """On CPUs, for everybody: kept (glibc keeps freed pages, as our trainer sets it) or default."""
+    """On CPUs, for everybody: kept (freed pages stay in the process, as our trainer sets it) or default."""
     warmup: int = 1
     """Steps before the measured ones, after those whose losses are compared."""
     steps: int = 0

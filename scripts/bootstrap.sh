@@ -126,6 +126,7 @@ native_key() {
         cat setup.py
         if [ -d csrc ]; then find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.inc' \) -exec cksum {} + | sort; fi
         "$PY" -c 'import sys, sysconfig; print(sys.version, sysconfig.get_config_var("EXT_SUFFIX"))'
+        "$PY" -c 'import importlib.metadata as m; print(m.version("torch"))' # the pool fits one version
         command -v "${CXX:-c++}" || echo "no compiler"
         echo "${MEGALITE_NO_NATIVE:-}"
         has_native && echo "built" || echo "not built"
@@ -135,7 +136,7 @@ native_key() {
 has_native() { ls kernels/megalite_kernels/_C*.so >/dev/null 2>&1; }
 
 build_native() {
-    rm -f kernels/megalite_kernels/_C*.so # an older one must not outlive a failed build
+    rm -f kernels/megalite_kernels/_C*.so kernels/megalite_kernels/_pool*.so # an older one must not outlive a failed build
     if [ "${MEGALITE_NO_NATIVE:-}" = 1 ] || [ ! -e csrc/bindings.cpp ]; then return; fi
     began=$(date +%s)
     "$PY" setup.py -q build_ext --inplace >"$VENV/megalite-native.log" 2>&1 || true

@@ -18,6 +18,7 @@ from benchmarks.peers.job import Job
 from benchmarks.peers.processes import Worker, WorkerError
 from benchmarks.peers.worker import GEMMS
 from megalite.models.families import piece_shapes
+from megalite_kernels.memory import allocator
 
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-3, "fp8": 2e-2}
 """Largest relative difference of any of the first losses from those of the first contender. Seen on llama-60m in bf16:
@@ -180,7 +181,7 @@ def _record(entry: Entry, job: Job, plan: Plan) -> dict[str, Any]:
     contender, last = entry.contender, entry.answers[-1]
     peak = max(answer["peak_memory_bytes"] for answer in entry.answers)
     kept = job.keep_pages and contender.keep_pages
-    on_cpu = "glibc, freed pages kept" if kept else "glibc"
+    on_cpu = allocator() if kept else "glibc"
     return {
         "name": contender.name,
         "kind": contender.kind,

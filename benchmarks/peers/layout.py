@@ -12,6 +12,7 @@ from benchmarks.peers.job import Job
 from benchmarks.peers.trainers import Ours, Stepper, our_session
 from benchmarks.peers.worker import device_state
 from megalite.parallel.collectives import barrier, gather_objects
+from megalite_kernels.memory import allocator
 
 PASSES = 3
 """Over the matrix products, of which the best rate counts."""
@@ -38,7 +39,7 @@ def measure_layout(job: Job, plan: Plan) -> tuple[list[dict[str, Any]], dict[str
         times, _ = stepper.run(plan.rounds * plan.steps_per_round)
         own = max(0, memory.peak_bytes(job.device) - baseline), stepper.trainer.state_bytes()
         peak, state = max(gather_objects(own, world))
-    on_cpu = "glibc, freed pages kept" if job.keep_pages else "glibc"
+    on_cpu = allocator() if job.keep_pages else "glibc"
     row = {
         "name": "megalite",
         "kind": "ours",

@@ -6,12 +6,12 @@ set back.
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import platform
 from pathlib import Path
 
 import torch
+
+from megalite_kernels.memory import release_freed_pages
 
 
 def reset_peak(device: str) -> None:
@@ -46,11 +46,11 @@ def status_bytes(name: str) -> int:
 
 def release(device: str) -> None:
     """Give back what is free, so that the next contender finds the whole machine."""
-    gc.collect()
     if device == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
-    elif platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+    else:
+        release_freed_pages()
 
 
 def available_bytes() -> int:
