@@ -15,6 +15,9 @@ from tests.helpers.source import ROOT
 STARTERS = ("rank_pool", "tests.helpers.ranks", "tests.helpers.runs", "subprocess")
 """What a file names that starts processes: the more it starts, the sooner in this list."""
 
+APART = ("tests/triton_gate/test_gate.py", "tests/cuda_gate/test_gate.py")
+"""Files of tests that compile for seconds and share nothing; each of these files is most of its suite's time."""
+
 
 def longest_first(paths: Iterable[str]) -> dict[str, tuple[int, int]]:
     """Sort keys of the files that tests come from; one path for each test."""

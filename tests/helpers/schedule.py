@@ -1,6 +1,7 @@
 """How pytest-xdist's processes share the tests: whole files, and all users of the rank pools in one process.
 
-A file's tests stay together, so that its module-scoped fixtures are made once. Files that use the rank pools
+A file's tests stay together, so that its module-scoped fixtures are made once, but for a few files that would keep one
+process busy while the others have nothing left. Files that use the rank pools
 stay together as well: one set of ranks, rather than one per process. (xdist's own ``loadgroup`` would say the
 second by a marker, but has no effect with pytest 9.2, where node ids cannot be renamed.)
 """
@@ -12,11 +13,11 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-from tests.helpers.order import names_rank_pool
+from tests.helpers.order import APART, names_rank_pool
 
 
 class FilesAndRankPool(LoadScopeScheduling):
-    """Scopes are files, but for one scope of all files that name ``rank_pool``; in the order they were collected."""
+    """Scopes are files, one of all files that name ``rank_pool``, and single tests of `APART`; in collected order."""
 
     def __init__(self, config: pytest.Config, log: Any = None) -> None:
         super().__init__(config, log)
@@ -26,4 +27,6 @@ class FilesAndRankPool(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         path = nodeid.split("::", 1)[0]
+        if path in APART:
+            return nodeid
         return "rank_pool" if names_rank_pool(path) else path
