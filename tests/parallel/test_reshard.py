@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -135,21 +137,28 @@ PAIRS = [
 
 
 @pytest.fixture(scope="module")
-def source(request, tmp_path_factory, rank_pool) -> Source:
-    folder = tmp_path_factory.mktemp("source")
-    config = tiny_config(
-        make_dataset(folder / "data"),
-        folder / "run",
-        model={"num_layers": 4, **MODELS[request.param]},
-        train={"global_batch_size": 16, "steps": 12},
-    )
-    config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **SOURCE))
-    ranks = run(rank_pool, 8, config, LAST, SAVED)
-    return Source(config, folder / f"run/checkpoints/step_{SAVED:08d}", ranks)
+def source_of(tmp_path_factory: pytest.TempPathFactory, rank_pool: Any) -> Callable[[str], Source]:
+    """Each model's run, trained once."""
+
+    @cache
+    def train(model: str) -> Source:
+        folder = tmp_path_factory.mktemp("source")
+        config = tiny_config(
+            make_dataset(folder / "data"),
+            folder / "run",
+            model={"num_layers": 4, **MODELS[model]},
+            train={"global_batch_size": 16, "steps": 12},
+        )
+        config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **SOURCE))
+        ranks = run(rank_pool, 8, config, LAST, SAVED)
+        return Source(config, folder / f"run/checkpoints/step_{SAVED:08d}", ranks)
+
+    return train
 
 
-@pytest.mark.parametrize(("source", "target"), PAIRS, indirect=["source"])
-def test_a_run_goes_on_in_another_layout(source, target, rank_pool, tmp_path):
+@pytest.mark.parametrize(("model", "target"), PAIRS)
+def test_a_run_goes_on_in_another_layout(source_of, model, target, rank_pool, tmp_path):
+    source = source_of(model)
     processes, degrees = TARGETS[target]
     shutil.copytree(source.checkpoint, tmp_path / "run/checkpoints" / source.checkpoint.name)
     parallel = dataclasses.replace(source.config.parallel, **{"tp": 1, "pp": 1, **degrees})
@@ -184,9 +193,10 @@ def layout(config: RunConfig, processes: int) -> dict[str, int]:
     return {**degrees, "dp": parallel.dp_size(processes)}
 
 
-@pytest.mark.parametrize("source", MODELS, indirect=True)
-def test_the_source_learns(source):
+@pytest.mark.parametrize("model", MODELS)
+def test_the_source_learns(source_of, model):
     """Otherwise equal losses would say little."""
+    source = source_of(model)
     losses = source.ranks[0].losses
     assert losses[-1] < losses[0] - 0.05
     assert len({tuple(step) for step in samples(source.ranks)}) == LAST
