@@ -35,6 +35,20 @@ namespace megalite::bf16_tiles {
 #include "vec.inc"
 //
 #include "gemm.inc"
+#undef MEGALITE_TILE_ZERO
+#undef MEGALITE_TILE_LOAD
+#undef MEGALITE_TILE_STORE
+#undef MEGALITE_TILE_DOT
+#undef ISA_NAMESPACE
+}  // namespace megalite::bf16_tiles
+
+namespace megalite::split_tiles {
+#define ISA_NAMESPACE split_tiles
+#define MEGALITE_SPLIT
+#include "vec.inc"
+//
+#include "gemm.inc"
+#undef MEGALITE_SPLIT
 #undef MEGALITE_TILES_EMULATED
 #undef MEGALITE_TILE_ZERO
 #undef MEGALITE_TILE_LOAD
@@ -42,7 +56,7 @@ namespace megalite::bf16_tiles {
 #undef MEGALITE_TILE_DOT
 #undef MEGALITE_TILES
 #undef ISA_NAMESPACE
-}  // namespace megalite::bf16_tiles
+}  // namespace megalite::split_tiles
 #pragma GCC pop_options
 #endif
 #undef MEGALITE_PAIRS
@@ -60,13 +74,25 @@ namespace megalite::bf16_tiles_emulated {
 #include "vec.inc"
 //
 #include "gemm.inc"
+#undef MEGALITE_TILE_ZERO
+#undef MEGALITE_TILE_LOAD
+#undef MEGALITE_TILE_STORE
+#undef MEGALITE_TILE_DOT
+#undef ISA_NAMESPACE
 }  // namespace megalite::bf16_tiles_emulated
+
+namespace megalite::split_tiles_emulated {
+#define ISA_NAMESPACE split_tiles_emulated
+#define MEGALITE_SPLIT
+#include "vec.inc"
+//
+#include "gemm.inc"
+}  // namespace megalite::split_tiles_emulated
 
 namespace megalite {
 
 namespace {
 
-constexpr int64_t kWords = 1536;            // of the inner dimension: with 64 columns a panel of 384 KB
 constexpr int64_t kFarWords = 1024 * 1024;  // 4 MB, in the last cache
 constexpr int64_t kSumWords = 4096 * 1024;  // 16 MB of sums that wait for the rest of the inner dimension
 
@@ -84,7 +110,7 @@ Grid cut(const Product& a, const GemmSizes& sizes, int threads) {
   for (int rows = 1; rows <= threads; ++rows) {
     if (threads % rows != 0) continue;
     const int64_t r = divide_up(strips, rows) * sizes.rows, c = divide_up(panels, threads / rows) * sizes.cols;
-    const int64_t work = r * c + 6 * (c + (a.left.inner_last ? 0 : r));
+    const int64_t work = r * c + 6 * (c + (a.direct ? 0 : r));
     if (work >= least) continue;
     least = work;
     best = {rows, threads / rows};
@@ -100,7 +126,7 @@ void run(const Product& a, int threads, const GemmSizes& sizes, Part part) {
   const int64_t words = divide_up(a.inner, sizes.inner);
   const int64_t strips = divide_up(a.rows, sizes.rows), panels = divide_up(a.cols, sizes.cols);
   GemmBlocks blocks;
-  blocks.words = round_up(divide_up(words, divide_up(words, kWords)), sizes.step);
+  blocks.words = round_up(divide_up(words, divide_up(words, sizes.words)), sizes.step);
   blocks.whole = blocks.words >= words;
   // Rows that are read where they stand are read whole: 1 KB of each took 1.15 times as long.
   blocks.deep =
@@ -112,16 +138,17 @@ void run(const Product& a, int threads, const GemmSizes& sizes, Part part) {
   const auto even = [](int64_t all, int64_t most, int64_t unit) {
     return round_up(divide_up(all, divide_up(all, most)), unit);
   };
-  int64_t cols = fitting(kFarWords, blocks.words, sizes.cols);
+  int64_t cols = fitting(kFarWords, blocks.words * sizes.planes, sizes.cols);
   if (!blocks.whole) cols = std::min(cols, fitting(kSumWords, most_rows, sizes.cols));
   blocks.cols = even(most_cols, cols, sizes.cols);
-  int64_t rows = fitting(sizes.near, deep, sizes.rows);
+  int64_t rows = fitting(sizes.near, deep * sizes.planes, sizes.rows);
   const bool summed = deep < blocks.words || !blocks.whole;
   if (deep < blocks.words) rows = std::min(rows, fitting(sizes.sums, blocks.cols, sizes.rows));
   blocks.rows = even(most_rows, rows, sizes.rows);
-  const int64_t left = a.direct ? 0 : round_up(blocks.rows * (deep + 32), 1024);
-  const int64_t right = round_up(blocks.cols * (blocks.words + 16), 1024);
-  const int64_t sums = summed ? (blocks.whole ? blocks.rows : most_rows) * blocks.cols : 0;
+  const int64_t left = a.direct ? 0 : round_up(blocks.rows * (deep + 32) * sizes.planes, 1024);
+  const int64_t right = round_up(blocks.cols * (blocks.words + 16) * sizes.planes, 1024);
+  const int64_t sum_cols = summed ? blocks.cols : std::min(blocks.cols, sizes.sum_columns);
+  const int64_t sums = (blocks.whole ? blocks.rows : most_rows) * sum_cols;
   parallel_ranges(grid.rows * grid.cols, grid.rows * grid.cols, [&](int index, int64_t, int64_t) {
     const auto range = [&](int64_t items, int64_t i, int64_t n, int64_t unit, int64_t end) {
       return Span{std::min(end, items * i / n * unit), std::min(end, items * (i + 1) / n * unit)};
@@ -146,7 +173,7 @@ bool whole_lines(const Product& a, int64_t bytes) {
 
 // Two neighbours in memory are a word, if none is cut and the rows hold all that is read of them.
 Product pairs(Product a, const GemmSizes& sizes, bool to_float) {
-  a.direct = a.left.inner_last && a.inner % (2 * sizes.step) == 0 && a.left.stride % 2 == 0 &&
+  a.direct = sizes.planes == 1 && a.left.inner_last && a.inner % (2 * sizes.step) == 0 && a.left.stride % 2 == 0 &&
              (sizes.step == 1 || a.rows % sizes.rows == 0);
   a.past_caches = sizes.step > 1 && !a.add && whole_lines(a, to_float ? sizeof(float) : sizeof(bf16));
   return a;
@@ -155,6 +182,9 @@ Product pairs(Product a, const GemmSizes& sizes, bool to_float) {
 #define MEGALITE_MULTIPLY_PAIRS(unit)                                            \
   run(pairs(product, unit::gemm_sizes(), to_float), threads, unit::gemm_sizes(), \
       to_float ? unit::multiply_part<bf16, float> : unit::multiply_part<bf16, bf16>)
+
+#define MEGALITE_MULTIPLY_SPLIT(unit) \
+  run(pairs(product, unit::gemm_sizes(), true), threads, unit::gemm_sizes(), unit::multiply_part<float, float>)
 
 }  // namespace
 
@@ -172,6 +202,12 @@ void gemm(DType dtype, Factor left, Factor right, const void* bias, DType out_dt
     if (pair_unit() == PairUnit::avx512_bf16) return MEGALITE_MULTIPLY_PAIRS(bf16_pairs);
 #endif
     if (pair_unit() == PairUnit::amx_emulated) return MEGALITE_MULTIPLY_PAIRS(bf16_tiles_emulated);
+  }
+  if (dtype == DType::float32) {
+#if MEGALITE_AMX
+    if (pair_unit() == PairUnit::amx) return MEGALITE_MULTIPLY_SPLIT(split_tiles);
+#endif
+    if (pair_unit() == PairUnit::amx_emulated) return MEGALITE_MULTIPLY_SPLIT(split_tiles_emulated);
   }
   MEGALITE_WITH_TYPE(dtype, {
     run(product, threads, MEGALITE_PICK(gemm_sizes()),

@@ -20,10 +20,12 @@ struct Span {
   int64_t size() const { return end - begin; }
 };
 
-// A tile in registers is `rows` x `cols`; a word holds `inner` elements of the inner dimension, and words go by `step`.
-// The inner dimension goes by `deep` words; `near` of the left factor stay in the second cache, and `sums` of sums.
+// A tile in registers is `rows` x `cols`; a word holds `inner` elements of the inner dimension, or with more `planes`
+// each of those words a part of them, and words go by `step`.
+// The inner dimension is packed by `words` and goes by `deep` of them; `near` of the left factor stay in the second
+// cache, and `sums` of sums, or the sums of `sum_columns`.
 struct GemmSizes {
-  int64_t rows, cols, inner, step, deep, near, sums;
+  int64_t rows, cols, inner, step, planes, words, deep, near, sums, sum_columns;
 };
 
 // Memory of one thread, in words. Each part starts at a page.
@@ -31,7 +33,7 @@ struct GemmScratch {
   uint32_t *left, *right, *sums;
 };
 
-// How one thread cuts its part of the product.
+// How one thread cuts its part of the product; words of one plane.
 struct GemmBlocks {
   int64_t words;  // of the inner dimension, the most that are packed at once
   int64_t deep;   // of those, the most that are multiplied at once

@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megalite.config import RunConfig
 from megalite.parallel.collectives import barrier, broadcast_object, gather_objects
@@ -39,6 +39,7 @@ from megalite.train.waterfall_clock import (
     transit_ms,
 )
 from megalite.train.waterfall_ops import Sizes
+from megalite_kernels.ops.linear import project
 from megalite_kernels.timing import copy_bandwidth, measure
 
 GPU_BLOCK = 4
@@ -271,7 +272,10 @@ def _measure_machine(session: Session) -> Machine:
 
 
 def product_rates(config: RunConfig, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """TFLOP/s of torch's matrix products by shape (M x N x K): two squares, and those of the model's layers."""
+    """TFLOP/s of matrix products by shape (M x N x K): two squares, and those of the model's layers.
+
+    By torch, and on CPUs by this library too.
+    """
     model, tp = config.model, config.parallel.tp
     tokens = config.train.micro_batch_size * config.train.seq_length // config.parallel.cp
     hidden, ffn, head = model.hidden_size, model.ffn_hidden_size // tp, model.size_per_head
@@ -281,15 +285,23 @@ def product_rates(config: RunConfig, device: torch.device, dtype: torch.dtype) -
         (2048, 2048, 2048), (4096, 4096, 4096), (tokens, qkv, hidden), (tokens, hidden, queries),
         (tokens, ffn * (2 if model.gated else 1), hidden), (tokens, hidden, ffn), (tokens, hidden, qkv),
     ]  # fmt: skip
-    products = {f"{m} x {n} x {k}": _product(m, n, k, device, dtype) for m, n, k in dict.fromkeys(shapes)}
+    products: dict[str, Callable[[], object]] = {}
+    flops: dict[str, float] = {}
+    for m, n, k in dict.fromkeys(shapes):
+        for by, multiply in _products(m, n, k, device, dtype).items():
+            products[f"{m} x {n} x {k}{by}"], flops[f"{m} x {n} x {k}{by}"] = multiply, 2.0 * m * n * k
     timings = measure(products, rounds=8, device=device.type, budget_s=PEAK_BUDGET_S)
-    flops = {f"{m} x {n} x {k}": 2.0 * m * n * k for m, n, k in shapes}
     return {name: flops[name] / timing.best_ms / 1e9 for name, timing in timings.items()}
 
 
-def _product(m: int, n: int, k: int, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """x @ w.T as a layer's forward pass makes it, of random numbers."""
+def _products(
+    m: int, n: int, k: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, Callable[[], object]]:
+    """x @ w.T as a layer's forward pass makes it, of random numbers, by who makes it."""
     generator = torch.Generator(device=device).manual_seed(0)
     x, w = (torch.randn(s, generator=generator, device=device).to(dtype) for s in ((m, k), (n, k)))
     out = torch.empty(m, n, device=device, dtype=dtype)
-    return lambda: torch.mm(x, w.t(), out=out)
+    products: dict[str, Callable[[], object]] = {"": partial(torch.mm, x, w.t(), out=out)}
+    if device.type == "cpu":
+        products[", own kernel"] = partial(project, x, w)
+    return products

@@ -10,7 +10,7 @@ from torch import Tensor
 import megalite_kernels as mk
 from megalite_kernels.ops.linear import project, project_back
 from megalite_kernels.testing import assert_as_accurate
-from tests.ops.catalogue import BACKENDS, DTYPES, needs_native, random
+from tests.ops.catalogue import BACKENDS, DTYPES, generator, needs_native, random
 
 
 def test_without_accumulator_it_is_torchs() -> None:
@@ -197,6 +197,43 @@ def test_bad_numbers_stay_in_their_row_and_column_of_a_product(dtype: torch.dtyp
         assert bad[:, 68].all()
         bad[3] = bad[:, 68] = False
         assert not bad.any()
+
+
+@needs_native
+@pytest.mark.parametrize("rows", [32, 45])
+def test_accuracy_on_cpu_of_a_float_times_one_is_every_bit(rows: int) -> None:
+    """No bit of a significand is lost, of the largest floats either, on either side of a product."""
+    from megalite_kernels.native.linear import multiply_
+
+    bits = torch.randint(-(2**31), 2**31, (rows, 150), dtype=torch.int64, generator=generator()).int()
+    values = bits.view(torch.float32)
+    # Far below, the last of three bf16, or its product, would be no normal number.
+    values = torch.where(values.isfinite() & (values.abs() > 2.0**-80), values, 1 + 2.0**-23)
+    values[0, :2] = torch.tensor([torch.finfo(torch.float32).max, torch.finfo(torch.float32).min])
+    for one in (1.0, -(2.0**-9)):
+        expected = values * one
+        for left, right in (
+            (values, one * torch.eye(150)),
+            (values.t().contiguous().t(), one * torch.eye(150)),
+        ):
+            out = torch.empty(rows, 150)
+            multiply_(out, left, right)
+            assert torch.equal(out, expected)
+            out = torch.empty(150, rows)
+            multiply_(out, right, left.t())
+            assert torch.equal(out, expected.t())
+
+
+@needs_native
+@pytest.mark.parametrize("inner", [512, 8192])
+def test_accuracy_on_cpu_of_sums_of_one_sign(inner: int) -> None:
+    """What is left out of each product, and each rounding of a long sum, would add up here."""
+    from megalite_kernels.native.linear import multiply_
+
+    left, right = random(32, inner).abs(), random(inner, 48, seed=1).abs()
+    out = torch.empty(32, 48)
+    multiply_(out, left, right)
+    assert_as_accurate(out, left @ right, left.double() @ right.double(), floor=4)  # one chain
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

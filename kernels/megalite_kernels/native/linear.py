@@ -24,15 +24,16 @@ def wins(dtype: torch.dtype, rows: int, cols: int, inner: int) -> bool:
 
     That is so on a CPU that multiplies pairs of bf16 without having a matrix unit: on one Zen 4 core, over the
     products of llama-60m and gpt2-124m, 1.05 (forward) and 1.08 (dgrad) times oneDNN in bf16, 1.05-1.2 times torch
-    in fp32. With AMX only in bf16 and where the result is as wide as its left factor: there ours does not read the
-    many lines that it overwrites, elsewhere it has 0.7-1.05 of oneDNN's rate. In one run steps of llama-60m took 561
-    ms with this rule, 583 with ours everywhere, 571 with ours for results four times as wide only; other runs order
-    the last two the other way. In fp32 ours has 0.97 of torch's rate.
+    in fp32. With AMX in fp32, which our product takes apart into bf16 without losing a bit: two cores have 1.07-1.54
+    times torch's rate over the products of llama-60m, at 0.3-0.7 times its error. In bf16 with AMX only where the
+    result is as wide as its left factor: there ours does not read the many lines that it overwrites, elsewhere it has
+    0.7-1.05 of oneDNN's rate. In one run steps of llama-60m took 561 ms with this rule, 583 with ours everywhere, 571
+    with ours for results four times as wide only; other runs order the last two the other way.
     """
     if dtype == torch.float16 or rows < LEAST_ROWS or rows * cols * inner < LEAST_PRODUCT:
         return False
     if _C.isa_name() == "amx":
-        return dtype == torch.bfloat16 and cols >= inner
+        return dtype == torch.float32 or cols >= inner
     return _C.isa_name() == "avx512_bf16"
 
 
