@@ -14,15 +14,22 @@ enum class Activation : int { silu = 0, gelu_tanh = 1, relu2 = 2, gelu = 3 };
 // known name or this CPU lacks it.
 const char* isa_name();
 
-// y = x * rstd * weight, rstd = 1 / sqrt(mean(x^2) + eps). With a residual, x + residual takes the place
-// of x and is stored in total.
-void rms_norm_forward(DType dtype, const void* x, const void* residual, const float* weight, void* y, void* total,
-                      float* rstd, int64_t rows, int64_t cols, float eps, int threads);
+// A norm's weight [cols] of any type, which is made float, and 1 added, before anything is computed.
+struct Gain {
+  DType dtype;
+  const void* weight;
+  bool zero_centered;  // the gain is weight + 1
+};
 
-// dx (plus dresidual if not null) and dweight [cols]. All backwards here make y again where it is not null, with the
-// forward's bits.
-void rms_norm_backward(DType dtype, const void* dy, const void* dresidual, const void* x, const float* weight,
-                       const float* rstd, void* dx, float* dweight, void* y, int64_t rows, int64_t cols, int threads);
+// y = x * rstd * gain, rstd = 1 / sqrt(mean(x^2) + eps). With a residual, x + residual takes the place
+// of x and is stored in total.
+void rms_norm_forward(DType dtype, const void* x, const void* residual, Gain gain, void* y, void* total, float* rstd,
+                      int64_t rows, int64_t cols, float eps, int threads);
+
+// dx (plus dresidual if not null) and dweight [cols] of the weight's type. All backwards here make y again where it is
+// not null, with the forward's bits.
+void rms_norm_backward(DType dtype, const void* dy, const void* dresidual, const void* x, Gain gain, const float* rstd,
+                       void* dx, void* dweight, void* y, int64_t rows, int64_t cols, int threads);
 
 // y = (x - mean) * rstd * weight + bias (bias may be null); residual and total as in rms_norm_forward.
 void layer_norm_forward(DType dtype, const void* x, const void* residual, const float* weight, const float* bias,

@@ -22,21 +22,26 @@ T* at(uintptr_t address) {
 using Address = uintptr_t;
 using Release = py::call_guard<py::gil_scoped_release>;
 
+// (dtype, address, zero_centered)
+using GainTuple = std::tuple<int, Address, bool>;
+
+megalite::Gain gain(const GainTuple& t) { return {DType(std::get<0>(t)), at(std::get<1>(t)), std::get<2>(t)}; }
+
 void bind_norms(py::module_& m) {
   m.def(
       "rms_norm_forward",
-      [](int dtype, Address x, Address residual, Address weight, Address y, Address total, Address rstd, int64_t rows,
-         int64_t cols, float eps, int threads) {
-        megalite::rms_norm_forward(DType(dtype), at(x), at(residual), at<float>(weight), at(y), at(total),
-                                   at<float>(rstd), rows, cols, eps, threads);
+      [](int dtype, Address x, Address residual, const GainTuple& weight, Address y, Address total, Address rstd,
+         int64_t rows, int64_t cols, float eps, int threads) {
+        megalite::rms_norm_forward(DType(dtype), at(x), at(residual), gain(weight), at(y), at(total), at<float>(rstd),
+                                   rows, cols, eps, threads);
       },
       Release());
   m.def(
       "rms_norm_backward",
-      [](int dtype, Address dy, Address dresidual, Address x, Address weight, Address rstd, Address dx, Address dweight,
-         Address y, int64_t rows, int64_t cols, int threads) {
-        megalite::rms_norm_backward(DType(dtype), at(dy), at(dresidual), at(x), at<float>(weight), at<float>(rstd),
-                                    at(dx), at<float>(dweight), at(y), rows, cols, threads);
+      [](int dtype, Address dy, Address dresidual, Address x, const GainTuple& weight, Address rstd, Address dx,
+         Address dweight, Address y, int64_t rows, int64_t cols, int threads) {
+        megalite::rms_norm_backward(DType(dtype), at(dy), at(dresidual), at(x), gain(weight), at<float>(rstd), at(dx),
+                                    at(dweight), at(y), rows, cols, threads);
       },
       Release());
   m.def(

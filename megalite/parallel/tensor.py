@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import megalite_kernels as kernels
 from megalite.parallel.chunked import gather_product, product_scatter, product_sum
 from megalite.parallel.collectives import reduce_from, reduce_scatter_to, start_all_gather, wait
-from megalite.parallel.gradients import GradientSink, add_weight_gradient, get_sink
+from megalite.parallel.gradients import GradientSink, add_weight_gradient, get_sink, matrix
 from megalite.parallel.handover import Handover
 from megalite.parallel.mesh import ALONE, Axis
 from megalite_kernels.ops.embedding import accumulate_embedding_gradient
@@ -180,12 +180,15 @@ class _ColumnLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        flat = dy.flatten(0, -2)
-        if ctx.given is not None:  # not cut
-            (weight,) = ctx.saved_tensors
-            _wait_for_input(ctx, flat)
-            dbias = flat.sum(0) if ctx.has_bias else None
-            return project_back(dy, weight), None, dbias, None, None, None
+        flat = matrix(dy)
+        if ctx.split.axis.group is None:
+            *kept, weight = ctx.saved_tensors
+            dx, dweight = project_back(dy, weight), None
+            if ctx.given is not None:
+                _wait_for_input(ctx, flat)
+            else:
+                dweight = add_weight_gradient(ctx.sink, flat, kept[0])
+            return dx, dweight, flat.sum(0) if ctx.has_bias else None, None, None, None
         x, weight = ctx.saved_tensors
         axis, sequence = ctx.split.axis, ctx.split.sequence
         # The tokens are gathered again, not kept: 1 / tp of the activation memory, hidden behind dgrad.

@@ -249,6 +249,35 @@ def test_large_products_of_a_layer(dtype: torch.dtype) -> None:
     assert_as_accurate(dx, dy @ weight, dy.double() @ weight.double(), floor=4)
 
 
+def layouts(rows: int, cols: int, dtype: torch.dtype, seed: int) -> list[Tensor]:
+    """A matrix whole, transposed, as columns of a wider one, and with no two elements side by side."""
+    t = random(rows, cols, seed=seed).to(dtype)
+    wide = random(2 * rows, 2 * cols, seed=seed + 1).to(dtype)
+    return [t, t.t().contiguous().t(), wide[:rows, 3 : cols + 3], wide[::2, ::2]]
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("out", "features"), [(96, 96), (48, 80)])
+def test_a_layers_products_of_inputs_and_weights_in_any_layout(
+    out: int, features: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are given to the native library as they lie; a square weight does not say which side is which."""
+    from megalite_kernels.native import linear
+
+    monkeypatch.setattr(linear, "wins", lambda *sizes: True)
+    bias = random(2 * out, seed=9).to(dtype)[::2]
+    for weight in layouts(out, features, dtype, 1):
+        for x, dy in zip(layouts(60, features, dtype, 3), layouts(60, out, dtype, 5), strict=True):
+            for given in (x, x.unflatten(0, (4, 15))):
+                truth = F.linear(given.double(), weight.double(), bias.double())
+                got = linear.forward(given, weight, bias)
+                assert_as_accurate(got, F.linear(given, weight, bias), truth, floor=4)
+            for given in (dy, dy.unflatten(0, (4, 15))):
+                truth = given.double() @ weight.double()
+                assert_as_accurate(linear.dgrad(given, weight), given @ weight, truth, floor=4)
+
+
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8), (8,), (3, 0)])
 def test_empty_and_single_rows(shape: tuple[int, ...]) -> None:
     x, weight = random(*shape), random(4, shape[-1], seed=1)

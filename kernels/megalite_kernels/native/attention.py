@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,6 @@ from torch import Tensor
 from megalite_kernels import _C
 from megalite_kernels.native.common import DTYPES, address, by_token, float_weights, threads
 from megalite_kernels.reference.attention import Bounds, documents
-from megalite_kernels.reference.packed_attention import heads_of
 
 
 def forward(
@@ -59,9 +59,13 @@ def packed_forward(
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Backend "cpu" of `packed_attention_fwd`."""
-    q, k, v = heads_of(qkv.contiguous(), heads, kv_heads)
+    qkv = qkv.contiguous()
+    layout = _Layout.packed(qkv, heads, kv_heads)
+    out = qkv.new_empty((*qkv.shape[:-1], heads, layout.dim))
+    lse = _empty_lse(out)
     with _rotation(cos, sin) as rotation:
-        return _forward(q, k, v, Bounds(cu_seqlens), sinks, rotation, options)
+        _run_forward(_packed(qkv, layout), (out, lse), layout, Bounds(cu_seqlens), sinks, rotation, options)
+    return out, lse
 
 
 def packed_backward(
@@ -79,11 +83,12 @@ def packed_backward(
 ) -> tuple[Tensor, Tensor]:
     """Backend "cpu" of `packed_attention_bwd`: the kernel writes dq, dk and dv into one tensor."""
     qkv = qkv.contiguous()
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
-    inputs, outputs = (heads_of(x, heads, kv_heads) for x in (qkv, dqkv))
+    dqkv, layout = qkv.new_empty(qkv.shape), _Layout.packed(qkv, heads, kv_heads)
+    places = (_packed(qkv, layout), _packed(dqkv, layout))
     with _rotation(cos, sin) as rotation:
-        dsinks = _backward(
-            dout, None, inputs, (out, lse), outputs, Bounds(cu_seqlens), sinks, rotation, options
+        results = (out, lse)
+        dsinks = _run_backward(
+            dout, None, results, *places, layout, Bounds(cu_seqlens), sinks, rotation, options
         )
     return dqkv, dsinks
 
@@ -112,13 +117,27 @@ def _forward(
     options: tuple[Any, ...],
 ) -> tuple[Tensor, Tensor]:
     q, k, v = by_token(q), by_token(k), by_token(v)
-    out, lse = torch.empty(q.shape, dtype=q.dtype), _empty_lse(q)
-    wide_sinks = None if sinks is None else float_weights(sinks)
-    table, shape = _shape(q, k, bounds, options, wide_sinks, rotation)
-    pointers = (_strided(q), _strided(k), _strided(v), address(out), address(lse))
-    _C.attention_forward(DTYPES[q.dtype], *pointers, shape, threads())
-    del table, wide_sinks  # shape holds their addresses
+    out, lse = q.new_empty(q.shape), _empty_lse(q)
+    places = (_strided(q), _strided(k), _strided(v))
+    _run_forward(places, (out, lse), _Layout.separate(q, k), bounds, sinks, rotation, options)
     return out, lse
+
+
+def _run_forward(
+    places: tuple[Place, ...],
+    results: tuple[Tensor, Tensor],
+    layout: _Layout,
+    bounds: Bounds,
+    sinks: Tensor | None,
+    rotation: tuple[int, int, int, int],
+    options: tuple[Any, ...],
+) -> None:
+    """Writes out and lse, `results`, for q, k and v at `places`."""
+    out, lse = results
+    wide_sinks = None if sinks is None else float_weights(sinks)
+    table, shape = _shape(layout, bounds, options, wide_sinks, rotation)
+    _C.attention_forward(DTYPES[out.dtype], *places, address(out), address(lse), shape, threads())
+    del table, wide_sinks  # shape holds their addresses
 
 
 def _backward(
@@ -133,50 +152,110 @@ def _backward(
     options: tuple[Any, ...],
 ) -> Tensor:
     """Writes dq, dk and dv into the outputs, for q, k and v and the results out and lse; returns dsinks."""
-    dout, q, k, v, out = (by_token(x) for x in (dout, *inputs, results[0]))
-    lse, dlse = results[1].contiguous(), None if dlse is None else dlse.to(torch.float32).contiguous()
+    q, k, v = (by_token(x) for x in inputs)
+    places = (tuple(_strided(x) for x in (q, k, v)), tuple(_strided(x) for x in outputs))
+    return _run_backward(
+        dout, dlse, results, *places, _Layout.separate(q, k), bounds, sinks, rotation, options
+    )
+
+
+def _run_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    results: tuple[Tensor, Tensor],
+    inputs: tuple[Place, ...],
+    outputs: tuple[Place, ...],
+    layout: _Layout,
+    bounds: Bounds,
+    sinks: Tensor | None,
+    rotation: tuple[int, int, int, int],
+    options: tuple[Any, ...],
+) -> Tensor:
+    """As `_backward`, with the places of q, k, v and of dq, dk, dv."""
+    dout, out = by_token(dout), by_token(results[0])
+    lse, dlse = results[1].contiguous(), None if dlse is None else float_weights(dlse)
     wide_sinks = None if sinks is None else float_weights(sinks)
-    table, shape = _shape(q, k, bounds, options, wide_sinks, rotation)
-    tensors = (*(_strided(x) for x in (q, k, v, out)), address(lse), *(_strided(x) for x in outputs))
-    dsinks = torch.empty((table.shape[0], q.shape[-2]), dtype=torch.float32)
+    table, shape = _shape(layout, bounds, options, wide_sinks, rotation)
+    tensors = (*inputs, _strided(out), address(lse), *outputs)
+    documents = len(table) // _SEGMENT
+    dsinks = None if sinks is None else dout.new_empty((documents, layout.heads), dtype=torch.float32)
     _C.attention_backward(
-        DTYPES[q.dtype], _strided(dout), address(dlse), *tensors, address(dsinks), shape, threads()
+        DTYPES[dout.dtype], _strided(dout), address(dlse), *tensors, address(dsinks), shape, threads()
     )
     del table, wide_sinks
-    return q.new_zeros(0) if sinks is None else dsinks.sum(0).to(sinks.dtype)
+    return dout.new_empty((0,)) if sinks is None or dsinks is None else dsinks.sum(0).to(sinks.dtype)
 
 
 def _empty_lse(q: Tensor) -> Tensor:
     shape = (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
-    return torch.empty(shape, dtype=torch.float32)
+    return q.new_empty(shape, dtype=torch.float32)
 
 
-def _strided(x: Tensor) -> tuple[int, int, int]:
+Place = tuple[int, int, int]
+"""`Strided` of csrc/api.h."""
+
+
+def _strided(x: Tensor) -> Place:
     return address(x), x.stride(-3), x.stride(-2)
 
 
+class _Layout(NamedTuple):
+    """Tokens [B, S] or, packed, [T] of queries and keys, and their heads."""
+
+    tokens: tuple[int, ...]
+    key_tokens: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    dim: int
+
+    @classmethod
+    def separate(cls, q: Tensor, k: Tensor) -> _Layout:
+        return cls(q.shape[:-2], k.shape[:-2], q.shape[-2], k.shape[-2], q.shape[-1])
+
+    @classmethod
+    def packed(cls, qkv: Tensor, heads: int, kv_heads: int) -> _Layout:
+        tokens = qkv.shape[:-1]
+        return cls(tokens, tokens, heads, kv_heads, qkv.shape[-1] // (heads + 2 * kv_heads))
+
+
+def _packed(qkv: Tensor, layout: _Layout) -> tuple[Place, ...]:
+    """q, k and v in contiguous qkv [.., (N + 2K) D]: no views of it, 20 to 30 us each after another kernel."""
+    head = layout.dim * qkv.element_size()
+    start, token = address(qkv), qkv.shape[-1]
+    return tuple(
+        (start + first * head, token, layout.dim)
+        for first in (0, layout.heads, layout.heads + layout.kv_heads)
+    )
+
+
+_SEGMENT = 5
+"""Numbers in a `Segment` of csrc/api.h."""
+
+
 def _shape(
-    q: Tensor,
-    k: Tensor,
+    layout: _Layout,
     bounds: Bounds,
     options: tuple[Any, ...],
     sinks: Tensor | None,
     rotation: tuple[int, int, int, int],
-) -> tuple[Tensor, tuple[Any, ...]]:
+) -> tuple[array[int], tuple[Any, ...]]:
     """The table of documents (`Segment` of csrc/api.h) and the `AttentionShape` that points to it.
 
     options are causal, window, offset, max_seqlen (of no use here), softcap and scale.
     """
-    heads, kv_heads, dim = q.shape[-2], k.shape[-2], q.shape[-1]
+    (first, *_), heads = layout.tokens, layout.heads
+    table = array("q")
     if bounds.queries is None:
-        rows, columns = q.shape[1], k.shape[1]
-        lines = [(b * rows, rows, b * columns, columns, b * heads * rows) for b in range(q.shape[0])]
+        rows, columns = layout.tokens[1], layout.key_tokens[1]
+        for b in range(first):
+            table.extend((b * rows, rows, b * columns, columns, b * heads * rows))
         stride = rows
     else:
-        pairs = documents(bounds, q.shape[0], k.shape[0])
-        lines = [(p.start, p.stop - p.start, r.start, r.stop - r.start, p.start) for p, r in pairs]
-        stride = q.shape[0]
-    table = torch.tensor(lines, dtype=torch.int64).view(-1, 5)
+        for part, other in documents(bounds, first, layout.key_tokens[0]):
+            start, length = part.start, part.stop - part.start
+            table.extend((start, length, other.start, other.stop - other.start, start))
+        stride = first
     *masks, _, softcap, scale = options
-    numbers = (address(table), len(lines), heads, kv_heads, dim, stride, *masks, softcap, scale)
+    start, lines = table.buffer_info()[0], len(table) // _SEGMENT
+    numbers = (start, lines, heads, layout.kv_heads, layout.dim, stride, *masks, softcap, scale)
     return table, (*numbers, address(sinks), rotation)

@@ -19,6 +19,8 @@ def address(tensor: Tensor | None) -> int:
 
 def float_weights(weight: Tensor) -> Tensor:
     """A small parameter (a norm's gain) as the contiguous float32 that kernels read."""
+    if weight.dtype == torch.float32 and weight.is_contiguous():
+        return weight  # before torch is asked for two tensors that it need not make
     return weight.to(torch.float32).contiguous()
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megalite_kernels import _C
-from megalite_kernels.native.common import DTYPES, address, float_weights, threads
+from megalite_kernels.native.common import DTYPES, address, threads
 
 
 def forward(x: Tensor, weight: Tensor, eps: float, zero_centered: bool) -> tuple[Tensor, Tensor]:
@@ -27,13 +27,13 @@ def residual_forward(
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, zero_centered: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    x, gain = x.contiguous(), _gain(weight, zero_centered)
+    x, weight = x.contiguous(), weight.contiguous()
     rows, cols = x.numel() // max(1, x.shape[-1]), x.shape[-1]
-    y, total = torch.empty_like(x), None if residual is None else torch.empty_like(x)
-    rstd = torch.empty(rows, dtype=torch.float32)
+    y, total = x.new_empty(x.shape), None if residual is None else x.new_empty(x.shape)
+    rstd = x.new_empty((rows,), dtype=torch.float32)
     _C.rms_norm_forward(
-        DTYPES[x.dtype], address(x), address(residual), address(gain), address(y), address(total), address(rstd),
-        rows, cols, eps, threads(),
+        DTYPES[x.dtype], address(x), address(residual), _gain(weight, zero_centered), address(y), address(total),
+        address(rstd), rows, cols, eps, threads(),
     )  # fmt: skip
     return y, total, rstd
 
@@ -49,7 +49,7 @@ def backward_again(
     dy: Tensor, dresidual: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, zero_centered: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backend "cpu" of `rms_norm_bwd_again`."""
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = x.new_empty(x.shape)
     return *_backward(dy, dresidual, x, weight, rstd, zero_centered, y), y
 
 
@@ -62,16 +62,16 @@ def _backward(
     zero_centered: bool,
     y: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    dy, x, gain = dy.contiguous(), x.contiguous(), _gain(weight, zero_centered)
+    dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
     dresidual = None if dresidual is None else dresidual.contiguous()
-    dx, dweight = torch.empty_like(x), torch.empty_like(gain)
+    dx, dweight = x.new_empty(x.shape), weight.new_empty(weight.shape)
     _C.rms_norm_backward(
-        DTYPES[x.dtype], address(dy), address(dresidual), address(x), address(gain), address(rstd), address(dx),
-        address(dweight), address(y), rstd.numel(), x.shape[-1], threads(),
+        DTYPES[x.dtype], address(dy), address(dresidual), address(x), _gain(weight, zero_centered), address(rstd),
+        address(dx), address(dweight), address(y), rstd.numel(), x.shape[-1], threads(),
     )  # fmt: skip
-    return dx, dweight.to(weight.dtype)
+    return dx, dweight
 
 
-def _gain(weight: Tensor, zero_centered: bool) -> Tensor:
-    gain = float_weights(weight)
-    return gain + 1 if zero_centered else gain
+def _gain(weight: Tensor, zero_centered: bool) -> tuple[int, int, bool]:
+    """`Gain` of csrc/api.h."""
+    return DTYPES[weight.dtype], address(weight), zero_centered

@@ -96,7 +96,7 @@ def attention(
     Source: Dao, "FlashAttention-2", 2023; the sinks are those of gpt-oss.
     """
     check(q, k, v, window, (cu_seqlens, None), max_seqlen, softcap, sinks)
-    options = raw_options(q, causal, window, 0, max_seqlen, softcap, scale)
+    options = raw_options(q.shape[-1], causal, window, 0, max_seqlen, softcap, scale)
     function = _AttentionWithLse if return_lse else _Attention
     return function.apply(q, k, v, cu_seqlens, sinks, *options)
 
@@ -144,7 +144,7 @@ def attention_forward(
     bounds = (cu_seqlens, cu_seqlens_k)
     check(q, k, v, window, bounds, max_seqlen, softcap, sinks)
     return _forward(
-        q, k, v, *bounds, sinks, *raw_options(q, causal, window, offset, max_seqlen, softcap, scale)
+        q, k, v, *bounds, sinks, *raw_options(q.shape[-1], causal, window, offset, max_seqlen, softcap, scale)
     )
 
 
@@ -187,7 +187,7 @@ def attention_backward(
     checks.require_shape(lse, lse_shape(q), "lse", f"q of shape {list(q.shape)}")
     if dlse is not None:
         checks.require_like(dlse, lse, "dlse", "lse")
-    options = raw_options(q, causal, window, offset, max_seqlen, softcap, scale)
+    options = raw_options(q.shape[-1], causal, window, offset, max_seqlen, softcap, scale)
     dq, dk, dv, dsinks = _backward(dout, dlse, q, k, v, out, lse, *bounds, sinks, *options)
     return dq, dk, dv, dsinks if sinks is not None else None
 

@@ -11,7 +11,7 @@ from megalite_kernels.ops import checks
 
 
 def raw_options(
-    q: Tensor,
+    head_dim: int,
     causal: bool,
     window: int | None,
     offset: int,
@@ -20,7 +20,7 @@ def raw_options(
     scale: float | None,
 ) -> tuple[bool, int, int, int, float, float]:
     """What the raw ops take, in the order of their schema: 0 stands for no window, no cap, no known length."""
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    scale = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
     return causal, window or 0, offset, max_seqlen or 0, softcap or 0.0, scale
 
 
@@ -40,7 +40,7 @@ def check(
     sinks: Tensor | None,
 ) -> None:
     """Raises what `attention` documents; bounds are cu_seqlens and cu_seqlens_k."""
-    _check_bounds(q, *bounds, max_seqlen)
+    check_bounds(q, *bounds, max_seqlen)
     checks.require_float(q=q)
     dims, form = (4, "[B, S, N, D]") if bounds[0] is None else (3, "packed [T, N, D] with cu_seqlens")
     for name, tensor in (("q", q), ("k", k), ("v", v)):
@@ -52,20 +52,28 @@ def check(
         k, (*q.shape[:-3], tokens, k.shape[-2], q.shape[-1]), "k", f"q of shape {list(q.shape)}"
     )
     checks.require_like(v, k, "v", "k")
-    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
-        raise ValueError(f"q has {q.shape[-2]} heads: must be a multiple of the {k.shape[-2]} heads of k")
+    check_options(q, q.shape[-2], k.shape[-2], window, softcap, sinks)
+
+
+def check_options(
+    q: Tensor, heads: int, kv_heads: int, window: int | None, softcap: float | None, sinks: Tensor | None
+) -> None:
+    """The part of `check` that has nothing to do with shapes of tensors; q is any on the device."""
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"q has {heads} heads: must be a multiple of the {kv_heads} heads of k")
     if window is not None and window < 1:
         raise ValueError(f"window={window} must be at least 1 (the token itself), or None for no limit")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap={softcap} must be greater than 0, or None for no cap")
     if sinks is not None:
-        checks.require_shape(sinks, (q.shape[-2],), "sinks", f"q with {q.shape[-2]} heads")
+        checks.require_shape(sinks, (heads,), "sinks", f"q with {heads} heads")
         checks.require_same_device(sinks, q, "sinks", "q")
 
 
-def _check_bounds(
+def check_bounds(
     q: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen: int | None
 ) -> None:
+    """The part of `check` about packed documents; q is any tensor on the device."""
     if cu_seqlens is None:
         if max_seqlen is not None:
             raise ValueError(

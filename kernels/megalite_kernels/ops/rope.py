@@ -101,28 +101,32 @@ def rope_(
 
 
 def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int | None) -> None:
-    checks.require_float(q=q, k=k, cos=cos, sin=sin)
+    checks.require_float(q=q, k=k)
     if q.dim() not in (3, 4):
         raise ValueError(f"q has shape {list(q.shape)}: pass [B, S, N, D] or packed [T, N, D]")
     checks.require_shape(k, (*q.shape[:-2], k.shape[-2], q.shape[-1]), "k", f"q of shape {list(q.shape)}")
     checks.require_same_kind(k, q, "k", "q")
-    checks.require_like(sin, cos, "sin", "cos")
-    checks.require_same_device(cos, q, "cos", "q")
-    tokens = tuple(q.shape[:-2])
-    if tuple(cos.shape[:-1]) not in (tokens, tokens[-1:]):
-        raise ValueError(
-            f"cos has shape {list(cos.shape)}, but q of shape {list(q.shape)} needs one row for each of its "
-            f"tokens: {[*tokens, 'R/2']} or {[*tokens[-1:], 'R/2']}"
-        )
+    check_tables(q, tuple(q.shape), cos, sin)
     rotary = 2 * cos.shape[-1]
     if rotary_dim is not None and rotary_dim != rotary:
         raise ValueError(
             f"rotary_dim={rotary_dim} must be twice the columns of cos, which are {cos.shape[-1]}"
         )
-    if rotary > q.shape[-1]:
+
+
+def check_tables(q: Tensor, shape: tuple[int, ...], cos: Tensor, sin: Tensor) -> None:
+    """The part of `check` about angles, for queries of this shape; q is any tensor on the device."""
+    checks.require_float(cos=cos, sin=sin)
+    checks.require_like(sin, cos, "sin", "cos")
+    checks.require_same_device(cos, q, "cos", "q")
+    tokens = shape[:-2]
+    if tuple(cos.shape[:-1]) not in (tokens, tokens[-1:]):
         raise ValueError(
-            f"cos has {cos.shape[-1]} columns: at most half of the head's {q.shape[-1]} features"
+            f"cos has shape {list(cos.shape)}, but q of shape {list(shape)} needs one row for each of its "
+            f"tokens: {[*tokens, 'R/2']} or {[*tokens[-1:], 'R/2']}"
         )
+    if 2 * cos.shape[-1] > shape[-1]:
+        raise ValueError(f"cos has {cos.shape[-1]} columns: at most half of the head's {shape[-1]} features")
 
 
 def _fake_norm_forward(
