@@ -150,6 +150,24 @@ def test_without_a_sink_the_product_is_returned() -> None:
     torch.testing.assert_close(product, torch.einsum("bso,bsi->oi", dy, x))
 
 
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_sink_with_a_queue_adds_when_that_is_emptied(in_backward: bool) -> None:
+    """In a backward pass no gradients are recorded, and without a queue the product is made at once."""
+    told: list[int] = []
+    dy, x = torch.randn(3, 4), torch.randn(3, 5)
+    for queue in (None, WeightQueue()):
+        sink = GradientSink(torch.zeros(4, 5), lambda: told.append(1))
+        sink.queue = queue
+        with torch.set_grad_enabled(not in_backward):
+            sink.add(dy, x)
+        if queue is not None:
+            assert not sink.main_grad.any()
+            assert told == [1]
+            queue.take()()
+        torch.testing.assert_close(sink.main_grad, dy.t() @ x)
+    assert told == [1, 1]
+
+
 def test_a_queue_frees_the_factors_of_each_product_as_it_goes() -> None:
     queue, order = WeightQueue(), []
     for i in range(3):
