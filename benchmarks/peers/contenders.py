@@ -47,6 +47,8 @@ class Contender:
     """Takes the run's allocator setting; else glibc's default."""
     cuda_graph: bool = False
     """Of our own trainer."""
+    activations: float = 1.0
+    """Of our own trainer: the share of what its layers keep otherwise; some are run again for the rest."""
     default_on: tuple[str, ...] = ("cpu", "cuda")
     """Devices on which it is part of a run that names no contenders."""
 
@@ -82,6 +84,15 @@ def contenders(model: ModelConfig, precision: str) -> dict[str, Contender]:
             description=f"{OURS}; glibc maps and unmaps each large tensor",
             devices=("cpu",),
             keep_pages=False,
+            default_on=(),
+        )
+    )
+    found.append(
+        Contender(
+            name="megalite-less-memory",
+            description=f"{OURS}; layers run again until at most 4 / 5 of the activations are kept",
+            precision="bf16" if precision == "fp8" else "",
+            activations=0.8,
             default_on=(),
         )
     )
@@ -127,11 +138,14 @@ def _peers(hugging_face: str, own: str, form: str) -> Iterator[Contender]:
         needs="liger_kernel", install=f"{pip} liger-kernel", devices=("cuda",), weights=form, default_on=once[1:],
     )  # fmt: skip
     yield mine(name=f"{own}{end}", description=f"plain PyTorch, eager; {how}", weights=form, default_on=once)
-    yield mine(
-        name=f"{own}-compile{end}",
-        description=f"plain PyTorch, torch.compile; {how}",
-        weights=form,
-        compiled=True,
+    fastest = functools.partial(mine, weights=form, compiled=True)
+    yield fastest(name=f"{own}-compile{end}", description=f"plain PyTorch, torch.compile; {how}")
+    yield fastest(
+        name=f"{own}-compile{end}-default-malloc",
+        description=f"plain PyTorch, torch.compile; {how}; glibc maps and unmaps each large tensor",
+        devices=("cpu",),
+        keep_pages=False,
+        default_on=(),
     )
     yield library(
         name=f"litgpt{end}", description=f"litgpt's GPT, eager; {how}", build=libraries.litgpt,
