@@ -149,6 +149,18 @@ def test_documents_do_not_leak(dtype: torch.dtype, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ALL)
+def test_single_tokens_of_a_batch_that_was_heads_first(backend: str) -> None:
+    """[B, N, 1, D] transposed: torch calls it contiguous, though the stride of its only token is that of a head."""
+    q, k, v = (random(3, heads, 1, 16, seed=i) for i, heads in enumerate((4, 2, 2)))
+    past_k, past_v = random(3, 20, 2, 16, seed=3), random(3, 20, 2, 16, seed=4)
+    queries, key, value = (x.transpose(1, 2) for x in (q, k, v))
+    for keys, values in ((past_k, past_v), (key, value)):
+        with mk.use_backend(backend):
+            out = mk.attention(queries, keys, values)
+        torch.testing.assert_close(out, plain(queries, keys, values)[0], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ALL)
 def test_views_of_a_fused_projection(backend: str) -> None:
     packed = random(2, 30, 8, 16).requires_grad_()
     q, k, v = packed.split((4, 2, 2), dim=2)

@@ -73,6 +73,22 @@ def test_transposed_heads_and_batched_tables(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_single_tokens_of_a_batch_that_was_heads_first(backend: str) -> None:
+    """[B, N, 1, D] transposed: torch calls it contiguous, though the stride of its only token is that of a head."""
+    q, k = random(3, 4, 1, 16).transpose(1, 2), random(3, 2, 1, 16, seed=1).transpose(1, 2)
+    angle = angles(1, 8)
+    tables = angle.cos(), angle.sin()
+    with mk.use_backend(backend):
+        for got, x in zip(mk.rope(q, k, *tables), (q, k), strict=True):
+            torch.testing.assert_close(got, plain(x, angle, interleaved=False))
+        q_place, k_place = q.clone(), k.clone()
+        assert q_place.stride() == q.stride()
+        mk.rope_(q_place, k_place, *tables)
+    torch.testing.assert_close(q_place, plain(q, angle, interleaved=False))
+    torch.testing.assert_close(k_place, plain(k, angle, interleaved=False))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("dim", "half"), [(2, 1), (26, 13), (64, 32), (80, 20)])
