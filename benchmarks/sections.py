@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -115,7 +116,7 @@ def throughput_table(record: Record, beside: Sequence[Record]) -> str:
     ours, peers = ours_and_peers(record)
     best = peers[0]["tokens_per_s"] if peers else None
     on_gemm = record.get("table_peak_tflops") is None  # the peak of both MFUs is the measured product then
-    allocators = dict.fromkeys(c.get("allocator") for c in [*ours, *peers])
+    allocator = Counter(c.get("allocator") for c in [*ours, *peers]).most_common(1)[0][0]
     header = ["", "tokens/s", "/ best peer", "step, ms (p10 – p90)"]
     header += ["MFU causal / full, of the measured GEMM"] if on_gemm else ["MFU causal / full"]
     header += [] if on_gemm else ["share of the measured GEMM peak"]
@@ -123,7 +124,7 @@ def throughput_table(record: Record, beside: Sequence[Record]) -> str:
     rows = []
     for contender in sorted([*ours, *peers], key=lambda c: -c["tokens_per_s"]):
         name = f"`{contender['name']}`"
-        if len(allocators) > 1:
+        if contender.get("allocator") != allocator:
             name += f" ({contender['allocator']})"
         row = [f"**{name}**" if contender in ours else name, f"{contender['tokens_per_s']:,.0f}"]
         row.append("" if best is None else f"{contender['tokens_per_s'] / best:.2f}")
@@ -138,7 +139,7 @@ def throughput_table(record: Record, beside: Sequence[Record]) -> str:
     layout = f", {record['layout']}" if record.get("layout") else ""
     clock = "" if record["clock"] == "wall" else ", CPU time of the process"
     lines = [f"**`{record['preset']}`, {record['precision']}**, {batch}{layout}{clock}:", ""]
-    below = [throughput_facts(record, [a for a in allocators if a]), *(in_short(b) for b in beside)]
+    below = [throughput_facts(record, allocator), *(in_short(b) for b in beside)]
     return "\n".join([*lines, table(header, rows), "", "\n\n".join(below)])
 
 
@@ -165,13 +166,13 @@ def in_short(record: Record) -> str:
     return f"The same by CPU time of the process, tokens/s: {', '.join(rates)}{best}. {made_by([record])}"
 
 
-def throughput_facts(record: Record, allocators: Sequence[str]) -> str:
+def throughput_facts(record: Record, allocator: str | None) -> str:
     """The line below a comparison: what it was made with and what it left out."""
     products = f"best of {len(record['gemm_shapes'])} matrix products"
     facts = [f"measured GEMM peak {record['gemm_peak_tflops']:,.3g} TFLOP/s ({products})"]
     if record.get("table_peak_tflops") is not None:
         facts.append(f"MFU of {record['table_peak_tflops']:,.0f} TFLOP/s ({record['peak_source']})")
-    facts += [f"allocator {allocators[0]}"] if len(allocators) == 1 else []
+    facts += [f"allocator {allocator}, where no other is named"] if allocator else []
     order = "in turns" if record.get("in_turns", True) else "one after the other"
     facts.append(f"{record['rounds']} rounds of {record['steps_per_round']} steps, contenders {order}")
     if (apart := loss_difference(record)) is not None:
