@@ -17,8 +17,7 @@ from tests.parallel.layouts import MODELS as SHAPES
 from tests.parallel.layouts import packed_batch
 from tests.parallel.training import Training, train_alone
 
-STEPS = 2
-"""The second computes with updated weights, into used buffers (tests/parallel/states.py takes a third)."""
+STEPS = 3
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 # At the usual 0.02 the gradients of queries and keys are a thousandth of the largest: errors in them would be small
 # against it. At 0.1 they are a tenth.

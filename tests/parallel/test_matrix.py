@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -15,7 +14,6 @@ from megalite.config import ParallelConfig
 from tests.parallel.layouts import packed_batch
 from tests.parallel.matrix import (
     CASES,
-    MIXED,
     MODELS,
     PIPELINE,
     SCHEDULES,
@@ -39,8 +37,6 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 """Of the largest gradient: rounding alone, in either type."""
 FAST = list(fast())
 SLOW = [pair for pair in full() if pair not in FAST]
-WIDE = [pair for pair in FAST if pair[0].ranks > 2 and pair[0] in (*PIPELINE, *MIXED)]
-"""`make test` runs these in float64 only, the stricter: in fp32 they run the kernels of the others and take as long."""
 SAME_ORDER = [
     pytest.param(case, marks=pytest.mark.slow if case.ranks > 2 else [])
     for case in PIPELINE
@@ -56,21 +52,15 @@ def train(rank_pool: Any, case: Case, name: str, dtype: torch.dtype) -> Training
     return whole_training(rank_pool(case.ranks).run(train_layout, *arguments))
 
 
-def check(rank_pool: Any, case: Case, name: str, dtypes: Iterable[torch.dtype] = TOLERANCE) -> None:
-    for dtype in dtypes:
+def check(rank_pool: Any, case: Case, name: str) -> None:
+    for dtype, tolerance in TOLERANCE.items():
         expected = truth(name, case.num_layers, case.num_batches, dtype)
-        assert_same_training(train(rank_pool, case, name, dtype), expected, TOLERANCE[dtype])
+        assert_same_training(train(rank_pool, case, name, dtype), expected, tolerance)
 
 
 @pytest.mark.parametrize(("case", "name"), FAST, ids=str)
 def test_layout(rank_pool: Any, case: Case, name: str) -> None:
-    check(rank_pool, case, name, [torch.float64] if (case, name) in WIDE else TOLERANCE)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("case", "name"), WIDE, ids=str)
-def test_layout_in_fp32(rank_pool: Any, case: Case, name: str) -> None:
-    check(rank_pool, case, name, [torch.float32])
+    check(rank_pool, case, name)
 
 
 @pytest.mark.slow

@@ -125,17 +125,6 @@ class Source:
     ranks: list[Steps]
 
 
-GPT2_IN_SHORT = ("pp4·dp2", "one process", "tp2·cp2·dp2 zero 0")
-"""tests/train/test_checkpoint_layouts.py reads its files in the other layouts too."""
-PAIRS = [
-    pytest.param(
-        model, target, marks=pytest.mark.slow if model == "gpt2" and target not in GPT2_IN_SHORT else []
-    )
-    for model in MODELS
-    for target in TARGETS
-]
-
-
 @pytest.fixture(scope="module")
 def source_of(tmp_path_factory: pytest.TempPathFactory, rank_pool: Any) -> Callable[[str], Source]:
     """Each model's run, trained once."""
@@ -156,7 +145,8 @@ def source_of(tmp_path_factory: pytest.TempPathFactory, rank_pool: Any) -> Calla
     return train
 
 
-@pytest.mark.parametrize(("model", "target"), PAIRS)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("model", MODELS)
 def test_a_run_goes_on_in_another_layout(source_of, model, target, rank_pool, tmp_path):
     source = source_of(model)
     processes, degrees = TARGETS[target]
