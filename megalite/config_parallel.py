@@ -148,8 +148,8 @@ class RecomputeConfig:
     """auto: what costs next to nothing (on CPUs the parts norm and activation, where the backward passes of norms and
     activations write their outputs again; on GPUs nothing); none; selective: the parts named in `parts`; full: whole
     layers; budget: as little as fits `budget_gb`."""
-    parts: tuple[Literal["attention", "norm", "activation"], ...] = ("norm", "activation")
-    """What selective recomputes in every layer."""
+    parts: tuple[Literal["attention", "norm", "activation", "mlp"], ...] = ("norm", "activation")
+    """What selective recomputes in every layer. mlp takes a matrix product, the others passes over memory."""
     budget_gb: float = 0.0
     """budget: GB (1e9 bytes) of activations that one rank may keep."""
 

@@ -5,7 +5,7 @@ namespace megalite {
 
 struct ActivationArguments {
   const void *dy, *x;
-  void *y, *dx;  // the backward makes y again where it is not null
+  void *y, *dx;  // the backward makes y again where it is not null; y may be dy
 };
 
 struct GatedArguments {

@@ -60,6 +60,8 @@ class Block(nn.Module):
             if full:
                 return self._all_again(normed, total, context)
             x = self.attention(normed, context, cache, recompute.attention, given)
+        if recompute.mlp and torch.is_grad_enabled():
+            return self._mlp_again(x, total, context)
         given = self.mlp.first.handover(context.split) if recompute.norm else None
         again = recompute.norm and given is None
         normed, residual = run_marked(again, self.mlp_norm, x, total, given)
@@ -68,11 +70,22 @@ class Block(nn.Module):
 
     def _all_again(self, normed: Operand, total: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         def until_down(total: Tensor, *parts: Tensor) -> tuple[Operand, Tensor]:
-            normed, residual = self.mlp_norm(self.attention(from_tensors(*parts), context), total)
-            value, *copies = tensors_of(self.mlp.up(normed, context.split))
-            return from_tensors(tap(value), *copies), residual
+            return self._until_down(self.attention(from_tensors(*parts), context), total, context)
 
         active, residual = run_again(until_down, total, *tensors_of(normed))
+        return self._down(active, context), residual
+
+    def _mlp_again(self, x: Tensor, total: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        active, residual = run_again(lambda x, total: self._until_down(x, total, context), x, total)
+        return self._down(active, context), residual
+
+    def _until_down(self, x: Tensor, total: Tensor, context: Context) -> tuple[Operand, Tensor]:
+        normed, residual = self.mlp_norm(x, total)
+        value, *copies = tensors_of(self.mlp.up(normed, context.split))
+        return from_tensors(tap(value), *copies), residual
+
+    def _down(self, active: Operand, context: Context) -> Tensor:
+        """What `_until_down` gave is made again for the product's backward pass, in time for its own."""
         value = value_of(active)
         with made_again(True, (value,), tapped(value)):
-            return self.mlp.down_proj(active, context.split), residual
+            return self.mlp.down_proj(active, context.split)

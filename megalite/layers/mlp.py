@@ -40,7 +40,10 @@ class ActivationFunction:
         """`given` is brought the result again by the backward pass."""
         if self.quantizes:
             return kernels.fp8_activation(inner, self.quantizing)
-        return self.plain(inner, again=None if given is None else given.bring)
+        # The product that `given` comes from is the only reader: its backward pass makes the gradient for this one.
+        return self.plain(
+            inner, again=None if given is None else given.bring, takes_gradient=given is not None
+        )
 
 
 def _down(

@@ -1,6 +1,6 @@
 """What a layer's backward pass computes again instead of the forward pass keeping it (activation checkpointing).
 
-Four things can be made again, from cheap to dear:
+Five things can be made again, from cheap to dear:
 
 - norm: the outputs of both norms, which only the projections after them keep, from the residual stream that the
   norms keep anyway. One pass over memory each, or less.
@@ -10,6 +10,9 @@ Four things can be made again, from cheap to dear:
   alone.) The output and the log-sum-exp stay: `o_proj` keeps the output anyway, and the kernel's backward pass makes
   the probabilities again by itself, so that running the whole core again would free nothing but 4 bytes per token and
   head.
+- mlp: everything in the MLP but the sum that its norm starts from: the norm's output, the product after it and the
+  activation's output. The product is a quarter of a layer's multiplications forward, or a little more, and its output
+  with the activation's about half of what a layer keeps: each byte costs what it costs with full, without attention.
 - full: everything in the layer but the sum of residual stream and branch that it starts from.
 
 The first three drop what the *consumer* of a tensor saves. Where a norm's or an activation's output feeds a product
@@ -19,9 +22,9 @@ Elsewhere (`made_again`) the tensor is made again when the consumer's backward p
 collective runs twice. With context parallelism by Ulysses the attention kernel keeps the exchanged heads, so
 "attention" frees nothing there.
 
-full runs the layer again up to the activation, but not `down_proj`, whose output nothing needs: of the collectives
-the two all-gathers before the column-parallel products, the reduction after `o_proj` and the context-parallel
-exchange run a second time, the reduction after `down_proj` does not.
+mlp and full run again up to the activation, but not `down_proj`, whose output nothing needs. Of the collectives of
+full the two all-gathers before the column-parallel products, the reduction after `o_proj` and the context-parallel
+exchange run a second time, of mlp one all-gather; the reduction after `down_proj` does not.
 
 There is no dropout anywhere, so no random state is kept.
 
@@ -52,7 +55,10 @@ class Recompute:
     norm: bool = False
     activation: bool = False
     attention: bool = False
+    mlp: bool = False
+    """norm and activation of the MLP are then in it."""
     full: bool = False
+    """The others are then in it."""
 
 
 KEEP = Recompute()
@@ -113,7 +119,7 @@ def run_marked(again: bool, function: Callable[..., Any], *arguments: Any) -> An
 
 def tap(x: Tensor) -> Tensor:
     """x itself, at the end of what `run_again` runs, in a form that `tapped` can ask for again."""
-    return _Tap.apply(x)
+    return x if torch.compiler.is_compiling() else _Tap.apply(x)
 
 
 def tapped(x: Tensor) -> Callable[[], Sequence[Tensor]]:
@@ -121,6 +127,8 @@ def tapped(x: Tensor) -> Callable[[], Sequence[Tensor]]:
 
     Without it the consumer of x would have to be part of that run, and be computed twice for nothing.
     """
+    if torch.compiler.is_compiling():  # where `made_again` does nothing
+        return tuple
     node = x.grad_fn
     assert node is not None
     return lambda: node.saved_tensors  # type: ignore[attr-defined]

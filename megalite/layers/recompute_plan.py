@@ -14,8 +14,8 @@ parallelism (else T), a layer keeps
     active     T · f · e                         what it gives, input of down_proj ("activation")
 
 Head norms keep one statistic per head more. Ulysses keeps the exchanged queries, keys, values and output in place of
-`placed` (none of them made again) and `projected` only where head norms need it. A fully recomputed layer keeps half
-of `stream`.
+`placed` (none of them made again) and `projected` only where head norms need it. With "mlp" go half of `normed`,
+`inner`, `active`, and one norm's statistics. A fully recomputed layer keeps half of `stream`.
 """
 
 from __future__ import annotations
@@ -117,6 +117,10 @@ def kept_bytes(model: ModelConfig, share: Share, choice: Recompute = KEEP) -> in
     if choice.full:
         return kept.stream // 2
     dropped = choice.norm * kept.normed + choice.attention * kept.placed + choice.activation * kept.active
+    if choice.mlp:
+        statistics = kept.stream // 2 - kept.normed // 2
+        dropped += statistics + kept.inner + (not choice.norm) * kept.normed // 2
+        dropped += (not choice.activation) * kept.active
     return sum(kept) - dropped
 
 
@@ -131,7 +135,7 @@ def recompute_plan(
     """What each of a rank's layers makes again.
 
     With kind="budget", as little as fits: first the parts, those that free most bytes per operation first, then
-    whole layers; each is added to one layer after the other until the kept bytes fit.
+    the MLPs, then whole layers; each is added to one layer after the other until the kept bytes fit.
 
     Args:
         model: its shape.
@@ -171,14 +175,14 @@ def plans_by_cost(model: ModelConfig, share: Share, layers: int) -> list[tuple[R
     """From nothing to everything made again, one thing in one layer more at a time, the cheapest first."""
     choice = KEEP
     plans = [(choice,) * layers]
-    for part in (*parts_by_worth(model, share), "full"):
+    for part in (*parts_by_worth(model, share), "mlp", "full"):
         choice = FULL if part == "full" else replace(choice, **{part: True})
         plans += [(choice,) * done + plans[-1][done:] for done in range(1, layers + 1)]
     return plans
 
 
 def parts_by_worth(model: ModelConfig, share: Share) -> list[str]:
-    """The parts that free anything, the one that frees most bytes per floating-point operation first."""
+    """The passes over memory that free anything, the one that frees most bytes per floating-point operation first."""
     kept = layer_bytes(model, share)
     freed = {"norm": kept.normed, "activation": kept.active, "attention": kept.placed}
     # Operations per number made again: three for a rotation, to which a head norm adds its four; swiglu has an exp,

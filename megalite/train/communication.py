@@ -15,7 +15,7 @@ sends W · (n - 1) / n, of an all-reduce twice that; a message between two ranks
   With FP8 and a scale for each token the first two gathers take T · (H + 4) bytes instead: numbers and scales;
 - each layer 8 without: two all-reduces forward, two backward;
 - the embedding 2; the head 3 with sequence parallelism (gather, gather again, scatter), else 2;
-- a layer made again in whole: 3 with sequence parallelism (two gathers, one scatter), else 2;
+- a layer made again in whole: 3 with sequence parallelism (two gathers, one scatter), else 2; only its MLP: 1 or 0;
 
 besides 4 · w · T · (t - 1) for the loss's statistics, and once a step 2 · (t - 1) / t · w for every gradient of which
 the ranks have parts (norms and biases with sequence parallelism, head norms, key heads that ranks share).
@@ -76,6 +76,8 @@ class StepShape:
     """Compute type."""
     made_again: frozenset[int] = frozenset()
     """Layers that are recomputed in whole."""
+    mlp_made_again: frozenset[int] = frozenset()
+    """Layers of which the MLP is recomputed."""
     rowwise_fp8: bool = False
     """Products are made in FP8 with a scale for each token, which is gathered so."""
 
@@ -149,6 +151,7 @@ class _Local:
         self.activation = self.tokens * model.hidden_size * self.itemsize
         numbers = tuple(layer for stage in self.stages for layer in plan.layers[stage])
         self.again = len(step.made_again.intersection(numbers))
+        self.mlp_again = len(step.mlp_made_again.intersection(numbers))
         split = TensorSplit(Axis(parallel.tp, tp_rank), self.sequence)
         part = ModelPart(numbers, embedding=self.first, head=self.last)
         self.module = Transformer(model, split, part=part, device="meta")
@@ -197,8 +200,10 @@ def _tensor_bytes(local: _Local, dp: int) -> float:
     if tp == 1:
         return 0.0
     units = local.layers * (10 if local.sequence else 8) + local.again * (3 if local.sequence else 2)
+    units += local.mlp_again * local.sequence
     units += 2 * local.first + (3 if local.sequence else 2) * local.last
-    gathers = 2 * (local.layers + local.again) if local.sequence and local.step.rowwise_fp8 else 0
+    quantizing = local.sequence and local.step.rowwise_fp8
+    gathers = 2 * (local.layers + local.again) + local.mlp_again if quantizing else 0
     quantized = local.tokens * (local.model.hidden_size + 4)
     each = ((units - gathers) * local.activation + gathers * quantized) * (tp - 1) / tp
     statistics = 4 * local.wide * local.tokens * (tp - 1) * local.last

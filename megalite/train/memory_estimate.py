@@ -22,8 +22,9 @@ the optimizer's state (dp_shard · cp; 1 with zero=0):
                     is on its way (looped_bfs posts the receives of a whole step: as much for each micro-batch)
     communication   grad_reduce_dtype="bf16": two buckets on their way, sent and received; fp32 travels in place
     workspace       the largest of: the loss (a chunk of logits; with tp > 1 also tokens and dx); the backward pass of
-                    one layer (gradients of T · (3f + 2H), T · f if the activation's output is made again, a fully
-                    recomputed layer's activations) less what the loss has given back by then. With zero=3 the loss
+                    one layer (gradients of T · (3f + 2H), T · f if the activation's output is made again, all
+                    activations of a recomputed MLP or layer) less what the loss and the layers after it have given
+                    back by then. With zero=3 the loss
                     also makes a gradient of V / tp rows, which waits for the embedding's where the matrix is tied;
                     and the embedding's gradient is the largest where it is larger than all activations of that
                     micro-batch.
@@ -148,11 +149,8 @@ def estimate_memory(job: Job) -> tuple[RankMemory, ...]:
     job.parallel.validate_model(job.model)
     job.parallel.validate_microbatches(job.num_microbatches)
     kept, sizes = activation_peaks(job), stage_bytes(job)
-    choices = tuple(recompute_choices(job).values())
-    again = Recompute(
-        activation=any(choice.activation for choice in choices), full=any(choice.full for choice in choices)
-    )
-    return tuple(_rank_memory(job, rank, kept[rank], sizes, again) for rank in range(job.parallel.pp))
+    choices = recompute_choices(job)
+    return tuple(_rank_memory(job, rank, kept[rank], sizes, choices) for rank in range(job.parallel.pp))
 
 
 def worst_rank(job: Job) -> RankMemory:
@@ -160,7 +158,9 @@ def worst_rank(job: Job) -> RankMemory:
     return max(estimate_memory(job), key=lambda memory: memory.total)
 
 
-def _rank_memory(job: Job, rank: int, activations: int, sizes: list[int], again: Recompute) -> RankMemory:
+def _rank_memory(
+    job: Job, rank: int, activations: int, sizes: list[int], choices: Mapping[int, Recompute]
+) -> RankMemory:
     e, wide, n = job.itemsize, job.share.wide, job.state_ranks
     parallel, plan = job.parallel, job.stages
     own = plan.stages_of(rank)
@@ -184,7 +184,12 @@ def _rank_memory(job: Job, rank: int, activations: int, sizes: list[int], again:
         activations=activations,
         pipeline=_pipeline_buffers(job, len(own), first, last),
         communication=_bucket_buffers(job, count),
-        workspace=_workspace(job, sizes[0] if first else None, last, again),
+        workspace=_workspace(
+            job,
+            sizes[0] if first else None,
+            last,
+            max(_stage_workspace(job, [choices[layer] for layer in plan.layers[stage]]) for stage in own),
+        ),
     )
 
 
@@ -351,15 +356,31 @@ def _bucket_buffers(job: Job, parameters: int) -> int:
     return min(2 * parallel.bucket_size, parameters) * 2 * 2
 
 
-def _workspace(job: Job, first: int | None, last: bool, again: Recompute) -> int:
-    """Bytes on top of what is kept; `first` is what the first stage keeps of a micro-batch, if it is here."""
+def _workspace(job: Job, first: int | None, last: bool, layers: int) -> int:
+    """Bytes on top of what is kept.
+
+    Args:
+        job: what is trained.
+        first: what the first stage keeps of a micro-batch, if it is here.
+        last: the last stage is here.
+        layers: `_stage_workspace` of the stage that needs most.
+    """
     share, model = job.share, job.model
     gradient = vocabulary_rows(model, share.tp) * model.hidden_size * share.itemsize
     gradient = 0 if job.adds_in_place else gradient
     tied = gradient if model.tie_word_embeddings and first is not None and last else 0
-    layer = _layer_workspace(job, again) + tied - (loss_bytes(job) if last else 0)
+    layer = layers + tied - (loss_bytes(job) if last else 0)
     embedding = 0 if first is None else gradient + tied - first
     return max(0, layer, embedding, _loss_workspace(job, gradient) if last else 0)
+
+
+def _stage_workspace(job: Job, choices: Sequence[Recompute]) -> int:
+    """Bytes on top of what all layers of a stage keep, of one micro-batch; the last layer's backward pass is first."""
+    most = freed = 0
+    for choice in reversed(choices):
+        most = max(most, _layer_workspace(job, choice) - freed)
+        freed += kept_bytes(job.model, job.share, choice)
+    return most
 
 
 def _layer_workspace(job: Job, again: Recompute) -> int:
@@ -367,8 +388,9 @@ def _layer_workspace(job: Job, again: Recompute) -> int:
     share, model = job.share, job.model
     kept = layer_bytes(model, share)
     gradients = kept.inner + kept.active + 2 * share.tokens * model.hidden_size * share.itemsize
-    made = sum(kept) - kept.stream // 2 if again.full else kept.active if again.activation else 0
-    return gradients + made
+    if again.full or again.mlp:
+        return gradients + sum(kept) - kept_bytes(model, share, again)
+    return gradients + again.activation * kept.active
 
 
 def _loss_workspace(job: Job, gradient: int) -> int:

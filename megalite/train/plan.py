@@ -116,12 +116,14 @@ def plan_run(config: RunConfig, processes: int) -> RunPlan:
         fp8=train.precision == "fp8",
     )
     stages = plan_stages(model, parallel, train.seq_length)
+    again = recompute_choices(job)
     shape = StepShape(
         micro_batches=micro_batches,
         micro_batch_tokens=tokens,
         seq_length=train.seq_length,
         dtype=dtype,
-        made_again=frozenset(layer for layer, choice in recompute_choices(job).items() if choice.full),
+        made_again=frozenset(layer for layer, choice in again.items() if choice.full),
+        mlp_made_again=frozenset(layer for layer, choice in again.items() if choice.mlp and not choice.full),
         rowwise_fp8=train.precision == "fp8" and train.fp8_scaling == "rowwise",
     )
     return RunPlan(

@@ -154,7 +154,7 @@ TABLE: dict[str, Op] = {
     **dict.fromkeys(
         (
             *("megalite." + name for name in (
-                "activation_fwd", "activation_bwd", "activation_bwd_again", "glu_fwd", "glu_bwd", "glu_bwd_again",
+                "activation_fwd", "activation_bwd", "activation_bwd_again_", "glu_fwd", "glu_bwd", "glu_bwd_again_",
                 "glu_pair_fwd", "glu_pair_bwd", "embedding_bwd", "embedding_bwd_", "layer_norm_fwd",
                 "layer_norm_residual_fwd", "layer_norm_bwd", "layer_norm_bwd_again", "rms_norm_fwd",
                 "rms_norm_residual_fwd", "rms_norm_bwd", "rms_norm_bwd_again", "rope_fwd", "rope_", "rope_norm_fwd",

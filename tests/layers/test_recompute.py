@@ -31,11 +31,14 @@ from tests.helpers.kept import Watch
 from tests.parallel.layouts import MODELS
 
 PARTS = Recompute(norm=True, activation=True, attention=True)
+MLP = dataclasses.replace(PARTS, mlp=True)
 CHOICES = {
     "norm": Recompute(norm=True),
     "activation": Recompute(activation=True),
     "attention": Recompute(attention=True),
     "parts": PARTS,
+    "mlp": Recompute(mlp=True),
+    "parts and mlp": MLP,
     "full": FULL,
 }
 LEARNED_WITH_HEAD_NORMS = dataclasses.replace(MODELS["qwen3-tied"], position="learned")
@@ -84,7 +87,7 @@ def run_layers(
         for layer in layers:
             x, residual = layer(x, residual, context, None, choice)
     # What the last layer hands on is its reader's, but for a total that its own norm keeps.
-    kept = forward.alive_at_rest(x, residual) if choice.full else forward.alive_at_rest(x)
+    kept = forward.alive_at_rest(x, residual) if choice.full or choice.mlp else forward.alive_at_rest(x)
     with backward:
         ((x + residual) * torch.arange(1, 1 + x.shape[-1], dtype=dtype)).sum().backward()
     gradients = [start.grad, *(p.grad for p in layers.parameters())]
@@ -114,7 +117,7 @@ def test_same_bits_and_the_stated_bytes(name: str, choice: str) -> None:
 def test_other_dtypes(dtype: torch.dtype) -> None:
     share = Share(TOKENS, dtype.itemsize)
     kept = run_layers(MODELS["qwen3-tied"], KEEP, dtype=dtype)
-    for choice in (KEEP, PARTS, FULL):
+    for choice in (KEEP, PARTS, MLP, FULL):
         seen = run_layers(MODELS["qwen3-tied"], choice, dtype=dtype)
         assert seen.kept == LAYERS * kept_bytes(MODELS["qwen3-tied"], share, choice)
         assert all(torch.equal(a, b) for a, b in zip(kept.gradients, seen.gradients, strict=True))
@@ -135,12 +138,13 @@ def test_head_norms_without_rotation() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_more_recomputation_keeps_less(name: str) -> None:
-    kept = [run_layers(MODELS[name], choice).kept for choice in (KEEP, Recompute(norm=True), PARTS, FULL)]
+    choices = (KEEP, Recompute(norm=True), PARTS, MLP, FULL)
+    kept = [run_layers(MODELS[name], choice).kept for choice in choices]
     assert kept == sorted(set(kept), reverse=True)
 
 
 def all_choices(config: ModelConfig, parallel: ParallelConfig) -> list[Seen]:
-    return [run_layers(config, choice, parallel) for choice in (KEEP, PARTS, FULL)]
+    return [run_layers(config, choice, parallel) for choice in (KEEP, PARTS, MLP, FULL)]
 
 
 LAYOUTS = {
@@ -157,11 +161,13 @@ def test_over_ranks(rank_pool: Any, layout: str, name: str) -> None:
     config, parallel = MODELS[name], LAYOUTS[layout]
     share = Share.of(parallel, TOKENS, 4)
     for seen in rank_pool(2).run(all_choices, config, parallel):
-        for one, choice in zip(seen, (KEEP, PARTS, FULL), strict=True):
+        for one, choice in zip(seen, (KEEP, PARTS, MLP, FULL), strict=True):
             assert one.kept == LAYERS * kept_bytes(config, share, choice), choice
             assert all(torch.equal(a, b) for a, b in zip(seen[0].gradients, one.gradients, strict=True))
-        nothing, parts, full = seen
+        nothing, parts, mlp, full = seen
         assert not more(parts, nothing)
+        gathers = {"c10d::_allgather_base_": LAYERS} if layout == "tp+sp" else {}
+        assert more(mlp, nothing) == gathers
         again = {"_allgather_base_": 2, "_reduce_scatter_base_": 1} if layout == "tp+sp" else {}
         again |= {"allreduce_": 1} if layout == "tp" else {}
         again |= {"alltoall_base_": 4} if layout == "ulysses" else {}
@@ -249,7 +255,9 @@ def test_budget_recomputes_as_little_as_fits() -> None:
         [one_part, KEEP, KEEP, KEEP],
         [one_part] * 4,
         [PARTS] * 4,
-        [FULL, PARTS, PARTS, PARTS],
+        [MLP, PARTS, PARTS, PARTS],
+        [MLP] * 4,
+        [FULL, MLP, MLP, MLP],
         [FULL] * 4,
     ):
         assert planned(bytes_of(plan) + 0.5) == plan
@@ -259,7 +267,7 @@ def test_budget_recomputes_as_little_as_fits() -> None:
 def test_budget_is_for_what_the_caller_says_is_kept() -> None:
     """Three micro-batches in flight, and something that no layer keeps."""
     assert planned(3 * bytes_of([PARTS] * 4) + 7.5, kept=lambda plan: 3 * bytes_of(plan) + 7) == [PARTS] * 4
-    assert planned(3 * bytes_of([PARTS] * 4) + 6.5, kept=lambda plan: 3 * bytes_of(plan) + 7)[0] == FULL
+    assert planned(3 * bytes_of([PARTS] * 4) + 6.5, kept=lambda plan: 3 * bytes_of(plan) + 7)[0] == MLP
 
 
 def test_budget_orders_parts_by_bytes_per_operation() -> None:
@@ -270,7 +278,7 @@ def test_budget_orders_parts_by_bytes_per_operation() -> None:
 
 def test_plans_from_cheap_to_dear_keep_less_and_less() -> None:
     sizes = [bytes_of(plan) for plan in plans_by_cost(LLAMA, SHARE, 4)]
-    assert len(sizes) == 1 + 4 * 4
+    assert len(sizes) == 1 + 5 * 4
     assert sizes == sorted(set(sizes), reverse=True)
 
 

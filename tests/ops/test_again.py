@@ -66,6 +66,24 @@ def test_same_bits(name: str, shape: tuple[int, int], dtype: torch.dtype, backen
     assert all(same(one, other) for one, other in zip(gradients, plain, strict=True))
 
 
+@pytest.mark.parametrize("takes", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["swiglu", "geglu", "gelu", "relu_squared"])
+def test_made_again_over_its_gradient_only_if_told(name: str, backend: str, takes: bool) -> None:
+    """Whose gradient another operand of an addition may have too, or who called backward."""
+    x, made = random(70, 38, scale=3).requires_grad_(), []
+    with backends.use_backend(backend):
+        y = getattr(mk, name)(x, again=made.append, takes_gradient=takes)
+        given = random(*y.shape, seed=4)
+        y.backward(dy := given.clone())
+        (expected,) = torch.autograd.grad(getattr(mk, name)(x), x, given)
+    assert torch.equal(made[0], y)
+    assert x.grad is not None
+    assert torch.equal(x.grad, expected)
+    assert (made[0] is dy or made[0].data_ptr() == dy.data_ptr()) == takes
+    assert torch.equal(dy, y if takes else given)
+
+
 def test_only_packed() -> None:
     with pytest.raises(ValueError, match=r"again goes with gate and up in one tensor \[..., 2F\]"):
         mk.swiglu(random(2, 4), random(2, 4), again=lambda made: None)

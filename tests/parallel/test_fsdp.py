@@ -201,7 +201,7 @@ def test_bytes_of_a_step(rank_pool, dtype):
         }
 
 
-def recompute_job(kind: str) -> list[torch.Tensor]:
+def recompute_job(recompute: RecomputeConfig) -> list[torch.Tensor]:
     layout = ParallelConfig(zero=3)
     mesh = mesh_of_group(layout, CPU)
     batches = make_batches(4)[mesh.dp.rank :: 2]
@@ -212,7 +212,7 @@ def recompute_job(kind: str) -> list[torch.Tensor]:
         dtype=torch.float32,
         micro_batch_tokens=32,
         fill=lambda model: initialize(model, seed=3),
-        recompute=RecomputeConfig(kind=kind),
+        recompute=recompute,
     )
     replica.gradients(batches, torch.tensor(0.01))
     replica.state.finish_gradients()
@@ -220,9 +220,10 @@ def recompute_job(kind: str) -> list[torch.Tensor]:
 
 
 def test_layers_are_made_again_with_their_weights_there(rank_pool):
-    usual = rank_pool(2).run(recompute_job, "none")
-    for kind in ("selective", "full"):
-        for got, expected in zip(rank_pool(2).run(recompute_job, kind), usual, strict=True):
+    usual = rank_pool(2).run(recompute_job, RecomputeConfig(kind="none"))
+    mlp = RecomputeConfig(kind="selective", parts=("mlp",))
+    for recompute in (RecomputeConfig(kind="selective"), mlp, RecomputeConfig(kind="full")):
+        for got, expected in zip(rank_pool(2).run(recompute_job, recompute), usual, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megalite.config import ModelConfig, ParallelConfig
 from megalite.errors import UserError
-from megalite.layers.recompute import FULL
+from megalite.layers.recompute import FULL, KEEP, Recompute
 from megalite.models.presets import preset
 from megalite.parallel.mesh import Axis, Mesh
 from megalite.parallel.stages import plan_stages
@@ -25,14 +25,16 @@ MICRO_BATCHES = 4
 DEEP = {name: replace(config, num_layers=5) for name, config in MODELS.items()}
 
 
+MLP = Recompute(mlp=True)
+
+
 def traced_job(
-    layout: ParallelConfig, config: ModelConfig, again: bool = False, fp8: Scaling | None = None
+    layout: ParallelConfig, config: ModelConfig, again: Recompute = KEEP, fp8: Scaling | None = None
 ) -> tuple[int, int, StepBytes]:
     """(pipeline rank, tensor rank, what this rank sent in a step), the scalars of a step left out."""
     batch = packed_batch()
     replica = make_replica(layout, config, torch.float32, batch.tokens.numel(), fp8=fp8)
-    if again:
-        replica.model.recompute = dict.fromkeys(range(config.num_layers), FULL)
+    replica.model.recompute = dict.fromkeys(range(config.num_layers), again)
     with trace() as events:
         replica.gradients([batch] * MICRO_BATCHES, torch.ones(()))
         replica.state.finish_gradients()
@@ -106,22 +108,24 @@ def test_what_four_ranks_send(rank_pool: Any, layout: dict[str, Any]) -> None:
     check(rank_pool, ParallelConfig(**layout, bucket_size=3000), DEEP["qwen3-tied"], 4)
 
 
+@pytest.mark.parametrize("again", [FULL, MLP], ids=["full", "mlp"])
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"tp": 2, "sequence_parallel": False}, {"cp": 2}], ids=str)
-def test_layers_made_again_in_whole_send_again(rank_pool: Any, layout: dict[str, Any]) -> None:
-    check(rank_pool, ParallelConfig(**layout), DEEP["gpt2"], 2, again=True)
+def test_what_is_made_again_is_sent_again(rank_pool: Any, layout: dict[str, Any], again: Recompute) -> None:
+    check(rank_pool, ParallelConfig(**layout), DEEP["gpt2"], 2, again)
 
 
 @pytest.mark.parametrize(
     ("sequence", "scaling", "again"),
     [
-        (True, "rowwise", False),
-        (True, "rowwise", True),
-        (True, "tensorwise", False),
-        (False, "rowwise", False),
+        (True, "rowwise", KEEP),
+        (True, "rowwise", MLP),
+        (True, "rowwise", FULL),
+        (True, "tensorwise", KEEP),
+        (False, "rowwise", KEEP),
     ],
 )
 def test_tokens_that_are_gathered_in_fp8(
-    rank_pool: Any, sequence: bool, scaling: Scaling, again: bool
+    rank_pool: Any, sequence: bool, scaling: Scaling, again: Recompute
 ) -> None:
     check(rank_pool, ParallelConfig(tp=2, sequence_parallel=sequence), DEEP["llama"], 2, again, scaling)
 
@@ -131,7 +135,7 @@ def check(
     layout: ParallelConfig,
     config: ModelConfig,
     world: int,
-    again: bool = False,
+    again: Recompute = KEEP,
     fp8: Scaling | None = None,
 ) -> None:
     """Equal on every rank and axis; gradients that are parts of sums are not cut evenly, but in all as said."""
@@ -141,7 +145,8 @@ def check(
         micro_batch_tokens=tokens,
         seq_length=tokens,
         dtype=torch.float32,
-        made_again=frozenset(range(config.num_layers)) if again else frozenset(),
+        made_again=frozenset(range(config.num_layers if again.full else 0)),
+        mlp_made_again=frozenset(range(config.num_layers if again.mlp else 0)),
         rowwise_fp8=fp8 == "rowwise",
     )
     answers = rank_pool(world).run(traced_job, layout, config, again, fp8)

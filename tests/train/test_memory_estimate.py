@@ -40,6 +40,7 @@ KINDS = {
     "activation": RecomputeConfig(kind="selective", parts=("activation",)),
     "attention": RecomputeConfig(kind="selective", parts=("attention",)),
     "selective": RecomputeConfig(kind="selective"),
+    "mlp": RecomputeConfig(kind="selective", parts=("mlp",)),
     "full": RecomputeConfig(kind="full"),
 }
 TOKENS = 64
@@ -235,10 +236,11 @@ def test_budget_holds_at_every_ranks_peak(schedule: str) -> None:
     peaks = activation_peaks(job)
     assert 0.9 * budget < max(peaks) <= budget
     choices = recompute_choices(job)
-    recomputed = [
-        sum(choices[layer].full for stage in job.stages.stages_of(rank) for layer in job.stages.layers[stage])
+    layers = [
+        [choices[layer] for stage in job.stages.stages_of(rank) for layer in job.stages.layers[stage]]
         for rank in range(4)
     ]
+    recomputed = [sum(choice.mlp + 2 * choice.full for choice in own) for own in layers]
     if schedule == "1f1b":
         assert recomputed == sorted(recomputed, reverse=True)
         assert recomputed[0] > recomputed[-1]

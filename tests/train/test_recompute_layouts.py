@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megalite.config import ParallelConfig, RecomputeConfig
 from megalite.data.loader import MicroBatch
-from megalite.layers.recompute import FULL, KEEP
+from megalite.layers.recompute import FULL, KEEP, Recompute
 from megalite.parallel.mesh import Mesh, mesh_of_group
 from megalite.parallel.random import initialize
 from megalite.train.replica import build_replica
@@ -24,12 +24,14 @@ KINDS = (
     RecomputeConfig(kind="none"),
     RecomputeConfig(),
     RecomputeConfig(kind="selective", parts=("norm", "activation", "attention")),
+    RecomputeConfig(kind="selective", parts=("mlp",)),
     RecomputeConfig(kind="full"),
 )
 
 
 PASSES = (
-    "glu_fwd", "glu_bwd", "glu_bwd_again", "rms_norm_fwd", "rms_norm_residual_fwd", "rms_norm_bwd", "rms_norm_bwd_again"
+    "glu_fwd", "glu_bwd", "glu_bwd_again_",
+    "rms_norm_fwd", "rms_norm_residual_fwd", "rms_norm_bwd", "rms_norm_bwd_again",
 )  # fmt: skip
 
 
@@ -76,7 +78,7 @@ def test_what_costs_next_to_nothing_runs_no_pass_of_its_own() -> None:
     layers = MODEL.num_layers
     again = {
         "glu_bwd": -layers,
-        "glu_bwd_again": layers,
+        "glu_bwd_again_": layers,
         "rms_norm_bwd": -2 * layers,
         "rms_norm_bwd_again": 2 * layers,
     }
@@ -108,8 +110,9 @@ def test_same_bits_over_ranks(rank_pool: Any, layout: dict[str, Any]) -> None:
 
 
 def test_a_budget_reaches_the_layers() -> None:
-    """A budget that only whole layers meet, and one that needs nothing."""
-    for budget, choice in ((0.000085, FULL), (1.0, KEEP)):
+    """A budget that only whole layers meet, one for which MLPs do, and one that needs nothing."""
+    mlp = Recompute(norm=True, activation=True, mlp=True)
+    for budget, choice in ((0.00005, FULL), (0.000128, mlp), (1.0, KEEP)):
         config = RecomputeConfig(kind="budget", budget_gb=budget)
         replica = build_replica(
             MODELS["gpt2"],

@@ -24,10 +24,13 @@ def backward(dy: Tensor, x: Tensor, kind: str) -> Tensor:
     return _backward(dy, x, None, kind)
 
 
-def backward_again(dy: Tensor, x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Backend "cpu" of `activation_bwd_again`."""
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return _backward(dy, x, y, kind), y
+def backward_again_(dy: Tensor, x: Tensor, kind: str) -> Tensor:
+    """Backend "cpu" of `activation_bwd_again_`."""
+    y = dy.contiguous()
+    dx = _backward(y, x, y, kind)
+    if y is not dy:
+        dy.copy_(y)
+    return dx
 
 
 def _backward(dy: Tensor, x: Tensor, y: Tensor | None, kind: str) -> Tensor:
@@ -72,10 +75,13 @@ def packed_backward(dy: Tensor, packed: Tensor, kind: str) -> Tensor:
     return _packed_backward(dy, packed, None, kind)
 
 
-def packed_backward_again(dy: Tensor, packed: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Backend "cpu" of `glu_bwd_again`."""
-    y = torch.empty_like(dy, memory_format=torch.contiguous_format)
-    return _packed_backward(dy, packed, y, kind), y
+def packed_backward_again_(dy: Tensor, packed: Tensor, kind: str) -> Tensor:
+    """Backend "cpu" of `glu_bwd_again_`."""
+    y = dy.contiguous()
+    dpacked = _packed_backward(y, packed, y, kind)
+    if y is not dy:
+        dy.copy_(y)
+    return dpacked
 
 
 def _packed_backward(dy: Tensor, packed: Tensor, y: Tensor | None, kind: str) -> Tensor:

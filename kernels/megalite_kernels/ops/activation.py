@@ -20,7 +20,12 @@ Again = Callable[[Tensor], None]
 
 
 def swiglu(
-    gate: Tensor, up: Tensor | None = None, *, bias: Tensor | None = None, again: Again | None = None
+    gate: Tensor,
+    up: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    again: Again | None = None,
+    takes_gradient: bool = False,
 ) -> Tensor:
     """`silu(gate) * up`, with silu(x) = x * sigmoid(x), computed in float32 and rounded once.
 
@@ -31,6 +36,9 @@ def swiglu(
         again: called in the backward pass with the output, which that makes again (the same bits) for a fifth more
             bytes: who needs it for a gradient, as the weights' of the layer after this, need not keep it. Only
             without `up`.
+        takes_gradient: the output is then made again where its gradient stands, which is lost: less memory, and no
+            line that is not there already. Only where nobody else has that gradient, as where a product alone reads
+            the output; an addition hands one gradient to both its operands.
 
     Returns:
         [..., F] like gate, contiguous.
@@ -41,7 +49,7 @@ def swiglu(
     Saved: gate and up.
     Source: Shazeer, "GLU Variants Improve Transformer", 2020.
     """
-    return _gated(gate, up, bias, "silu", again)
+    return _gated(gate, up, bias, "silu", again, takes_gradient)
 
 
 def geglu(
@@ -51,13 +59,19 @@ def geglu(
     bias: Tensor | None = None,
     approximate: str = "tanh",
     again: Again | None = None,
+    takes_gradient: bool = False,
 ) -> Tensor:
     """`gelu(gate) * up`; arguments as in `swiglu`, `approximate` as in `gelu`."""
-    return _gated(gate, up, bias, _gelu_kind(approximate), again)
+    return _gated(gate, up, bias, _gelu_kind(approximate), again, takes_gradient)
 
 
 def gelu(
-    x: Tensor, *, bias: Tensor | None = None, approximate: str = "tanh", again: Again | None = None
+    x: Tensor,
+    *,
+    bias: Tensor | None = None,
+    approximate: str = "tanh",
+    again: Again | None = None,
+    takes_gradient: bool = False,
 ) -> Tensor:
     """`x * Phi(x)`, Phi being the normal distribution function, computed in float32 and rounded once.
 
@@ -65,7 +79,7 @@ def gelu(
         x: any shape [..., F].
         bias: [F], added to x first.
         approximate: "tanh" (GPT-2's `gelu_new`) or "none" (exact).
-        again: called in the backward pass with the output, made again; see `swiglu`.
+        again, takes_gradient: the output is made again in the backward pass; see `swiglu`.
 
     Raises:
         ValueError: shapes, dtypes or devices don't fit together, or `approximate` is not known.
@@ -73,12 +87,14 @@ def gelu(
     Saved: x (with its bias).
     Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016.
     """
-    return _plain(x, bias, _gelu_kind(approximate), again)
+    return _plain(x, bias, _gelu_kind(approximate), again, takes_gradient)
 
 
-def relu_squared(x: Tensor, *, bias: Tensor | None = None, again: Again | None = None) -> Tensor:
+def relu_squared(
+    x: Tensor, *, bias: Tensor | None = None, again: Again | None = None, takes_gradient: bool = False
+) -> Tensor:
     """`max(x, 0)^2`; arguments as in `gelu`. Source: So et al., "Primer", 2021."""
-    return _plain(x, bias, "relu2", again)
+    return _plain(x, bias, "relu2", again, takes_gradient)
 
 
 def _gelu_kind(approximate: str) -> str:
@@ -86,16 +102,18 @@ def _gelu_kind(approximate: str) -> str:
     return "gelu_tanh" if approximate == "tanh" else "gelu"
 
 
-def _plain(x: Tensor, bias: Tensor | None, kind: str, again: Again | None) -> Tensor:
+def _plain(x: Tensor, bias: Tensor | None, kind: str, again: Again | None, takes_gradient: bool) -> Tensor:
     checks.require_float(x=x)
     if bias is not None:
         checks.require_shape(bias, (x.shape[-1],), "bias", f"x with {x.shape[-1]} features")
         checks.require_same_kind(bias, x, "bias", "x")
         x = x + bias
-    return _Activation.apply(x, kind, again)
+    return _Activation.apply(x, kind, again, takes_gradient)
 
 
-def _gated(gate: Tensor, up: Tensor | None, bias: Tensor | None, kind: str, again: Again | None) -> Tensor:
+def _gated(
+    gate: Tensor, up: Tensor | None, bias: Tensor | None, kind: str, again: Again | None, takes_gradient: bool
+) -> Tensor:
     checks.require_float(gate=gate)
     features = gate.shape[-1] * 2 if up is not None else gate.shape[-1]
     if bias is not None:
@@ -113,7 +131,7 @@ def _gated(gate: Tensor, up: Tensor | None, bias: Tensor | None, kind: str, agai
     if features % 2:
         raise ValueError(f"gate has {features} features: a packed [gate, up] tensor needs an even number")
     packed = gate if bias is None else gate + bias
-    return _GatedPacked.apply(packed, kind, again)
+    return _GatedPacked.apply(packed, kind, again, takes_gradient)
 
 
 def packed_forward(packed: Tensor, kind: str) -> Tensor:
@@ -128,14 +146,18 @@ def packed_backward(dy: Tensor, packed: Tensor, kind: str) -> Tensor:
     return torch.cat(reference.gated_backward(dy, gate, up, kind), dim=-1)
 
 
-def backward_again(dy: Tensor, x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Reference of `activation_bwd_again`: (dx, y)."""
-    return reference.backward(dy, x, kind), reference.forward(x, kind)
+def backward_again_(dy: Tensor, x: Tensor, kind: str) -> Tensor:
+    """Reference of `activation_bwd_again_`: dx, and dy becomes y."""
+    dx = reference.backward(dy, x, kind)
+    dy.copy_(reference.forward(x, kind))
+    return dx
 
 
-def packed_backward_again(dy: Tensor, packed: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Reference of `glu_bwd_again`: (dpacked, y)."""
-    return packed_backward(dy, packed, kind), packed_forward(packed, kind)
+def packed_backward_again_(dy: Tensor, packed: Tensor, kind: str) -> Tensor:
+    """Reference of `glu_bwd_again_`: dpacked, and dy becomes y."""
+    dpacked = packed_backward(dy, packed, kind)
+    dy.copy_(packed_forward(packed, kind))
+    return dpacked
 
 
 def _fake_packed_forward(packed: Tensor, kind: str) -> Tensor:
@@ -154,13 +176,12 @@ _packed_forward = define("glu_fwd(Tensor packed, str kind) -> Tensor", fake=_fak
 _packed_backward = define(
     "glu_bwd(Tensor dy, Tensor packed, str kind) -> Tensor", fake=lambda dy, packed, kind: _like(packed)
 )
-_backward_again = define(
-    "activation_bwd_again(Tensor dy, Tensor x, str kind) -> (Tensor, Tensor)",
-    fake=lambda dy, x, kind: (_like(x), _like(x)),
+_backward_again_ = define(
+    "activation_bwd_again_(Tensor(a!) dy, Tensor x, str kind) -> Tensor", fake=lambda dy, x, kind: _like(x)
 )
-_packed_backward_again = define(
-    "glu_bwd_again(Tensor dy, Tensor packed, str kind) -> (Tensor, Tensor)",
-    fake=lambda dy, packed, kind: (_like(packed), _like(dy)),
+_packed_backward_again_ = define(
+    "glu_bwd_again_(Tensor(a!) dy, Tensor packed, str kind) -> Tensor",
+    fake=lambda dy, packed, kind: _like(packed),
 )
 _pair_forward = define(
     "glu_pair_fwd(Tensor gate, Tensor up, str kind) -> Tensor", fake=lambda gate, up, kind: _like(gate)
@@ -184,8 +205,8 @@ for _op, _function, _name in (
     register_lazy(_op, "triton", _target, requires=TRITON, supports=triton_supports)
 # On GPUs the forward's kernel makes the output again.
 for _op, _again in (
-    ("activation_bwd_again", backward_again),
-    ("glu_bwd_again", packed_backward_again),
+    ("activation_bwd_again_", backward_again_),
+    ("glu_bwd_again_", packed_backward_again_),
 ):
     register(_op, "reference", _again)
     _target = f"megalite_kernels.native.activation:{_again.__name__}"
@@ -194,46 +215,48 @@ for _op, _again in (
 
 class _Activation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kind: str, again: Again | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kind: str, again: Again | None, takes_gradient: bool) -> Tensor:
         x = x.contiguous()
         ctx.save_for_backward(x)
-        ctx.kind, ctx.again = kind, again
+        ctx.kind, ctx.again, ctx.takes_gradient = kind, again, takes_gradient
         return _activation_forward(x, kind)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
         dy = dy.contiguous()
         if ctx.again is None:
-            return _activation_backward(dy, x, ctx.kind), None, None
+            return _activation_backward(dy, x, ctx.kind), None, None, None
         if x.device.type == "cpu":
-            dx, y = _backward_again(dy, x, ctx.kind)
+            y = dy if ctx.takes_gradient else dy.clone()
+            dx = _backward_again_(y, x, ctx.kind)
         else:
             dx, y = _activation_backward(dy, x, ctx.kind), _activation_forward(x, ctx.kind)
         ctx.again(y)
-        return dx, None, None
+        return dx, None, None, None
 
 
 class _GatedPacked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, packed: Tensor, kind: str, again: Again | None) -> Tensor:
+    def forward(ctx: Any, packed: Tensor, kind: str, again: Again | None, takes_gradient: bool) -> Tensor:
         packed = packed.contiguous()
         ctx.save_for_backward(packed)
-        ctx.kind, ctx.again = kind, again
+        ctx.kind, ctx.again, ctx.takes_gradient = kind, again, takes_gradient
         return _packed_forward(packed, kind)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
         (packed,) = ctx.saved_tensors
         dy = dy.contiguous()
         if ctx.again is None:
-            return _packed_backward(dy, packed, ctx.kind), None, None
+            return _packed_backward(dy, packed, ctx.kind), None, None, None
         if packed.device.type == "cpu":
-            dpacked, y = _packed_backward_again(dy, packed, ctx.kind)
+            y = dy if ctx.takes_gradient else dy.clone()
+            dpacked = _packed_backward_again_(y, packed, ctx.kind)
         else:
             dpacked, y = _packed_backward(dy, packed, ctx.kind), _packed_forward(packed, ctx.kind)
         ctx.again(y)
-        return dpacked, None, None
+        return dpacked, None, None, None
 
 
 class _GatedPair(torch.autograd.Function):
