@@ -210,6 +210,13 @@ void adamw_stochastic(void* params, float* exp_avg, float* exp_avg_sq, const flo
 // sums [count] of the squares of each of `count` tensors, in double, each in an order that depends on its size alone.
 void sums_of_squares(DType dtype, const void* const* x, const int64_t* sizes, int64_t count, double* sums, int threads);
 
+// Where kernels get their working memory of 64 KB and more from now on: `take` may give null, then malloc's is taken.
+struct Memory {
+  void* (*take)(size_t bytes);
+  int (*give)(void* pointer);
+};
+void work_in(Memory from);
+
 // The kernels' own exponential and tanh, for tests of their error.
 void vector_exp(const float* x, float* y, int64_t size);
 void vector_tanh(const float* x, float* y, int64_t size);

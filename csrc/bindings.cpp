@@ -346,6 +346,9 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native CPU kernels of megalite_kernels: raw pointers in, checked and documented in Python.";
   m.def("isa_name", &megalite::isa_name,
         "The instruction set in use: scalar, avx2, avx512, avx512_bf16, amx or amx_emulated.");
+  m.def("work_in", [](Address take, Address give) {
+    megalite::work_in({reinterpret_cast<void* (*)(size_t)>(take), reinterpret_cast<int (*)(void*)>(give)});
+  });
   m.def("vector_exp",
         [](Address x, Address y, int64_t size) { megalite::vector_exp(at<float>(x), at<float>(y), size); });
   m.def("vector_tanh",

@@ -1,7 +1,7 @@
 // Attention, forward and backward, with tasks of one document and one key/value head each, in float arithmetic.
 #include "attention.h"
 
-#include <memory>
+#include "scratch.h"
 
 namespace megalite {
 
@@ -11,15 +11,15 @@ constexpr int64_t kPad = 16;      // features and keys are padded to this with z
 
 // What one thread works in, all float: whole documents (blocks) and one block of queries (rows). Not initialised.
 struct Buffers {
-  std::unique_ptr<float[]> memory;
+  Scratch memory;
   float *keys, *keys_t, *values, *values_t, *dkeys, *dvalues;
   float *queries, *out, *dout, *dqueries, *scores, *dscores;
 
   Buffers(const AttentionShape& shape, bool backward) {
     const int64_t dim = round_up(shape.dim, kPad);
     const int64_t blocks = round_up(longest_keys(shape), kKeys) * dim, rows = kQueries * dim, tile = kQueries * kKeys;
-    memory.reset(new float[(backward ? 6 : 3) * blocks + 4 * rows + 2 * tile]);
-    float* next = memory.get();
+    memory = Scratch(((backward ? 6 : 3) * blocks + 4 * rows + 2 * tile) * sizeof(float));
+    float* next = memory.data<float>();
     const auto take = [&](int64_t size) { return std::exchange(next, next + size); };
     keys = take(blocks), keys_t = take(blocks), values = take(blocks);
     values_t = dkeys = dvalues = nullptr;

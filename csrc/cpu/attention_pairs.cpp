@@ -1,8 +1,6 @@
 // Attention of bf16 tensors on instructions that multiply bf16 pairs.
-#include <memory>
-#include <new>
-
 #include "attention.h"
+#include "scratch.h"
 
 namespace megalite {
 
@@ -19,7 +17,7 @@ struct KeySums {
 
 // What one thread works in. "_words" holds two rows (of keys, queries) per word, "_t" is transposed. Not initialised.
 struct PairBuffers {
-  char* memory;
+  Scratch memory;
   uint16_t *keys, *values, *rows, *weights, *dweights;
   uint32_t *keys_t, *values_t, *words, *queries_t, *dout_t, *queries_words, *dout_words, *weights_words;
   double* dsinks;
@@ -29,10 +27,9 @@ struct PairBuffers {
     const int64_t dim = round_up(shape.dim, kPairPad), keys_all = round_up(longest_keys(shape), kPairKeys);
     const int64_t tile = kPairQueries * kPairKeys, strip = kPairQueries * kMostStrip;
     const int64_t document = keys_all * dim, block = kPairKeys * dim;
-    int64_t bytes = 0;
-    memory = nullptr;
     for (int pass = 0; pass < 2; ++pass) {  // measure, then hand out
-      char* next = memory;
+      char* const start = memory.data<char>();
+      char* next = start;
       const auto take = [&](auto*& pointer, int64_t size) {
         pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(next);
         next += round_up(size * sizeof(*pointer), 64);
@@ -49,13 +46,9 @@ struct PairBuffers {
       } else {
         take(values_t, document / 2);
       }
-      bytes = next - memory;
-      if (pass == 0) memory = static_cast<char*>(::operator new(bytes, std::align_val_t(64)));
+      if (pass == 0) memory = Scratch(next - start);
     }
   }
-  ~PairBuffers() { ::operator delete(memory, std::align_val_t(64)); }
-  PairBuffers(const PairBuffers&) = delete;
-  PairBuffers& operator=(const PairBuffers&) = delete;
 };
 
 }  // namespace megalite
@@ -144,11 +137,12 @@ void backward_in_parts(const AttentionBackward& arguments, const PairKernels& ke
   const AttentionShape& shape = arguments.shape;
   const int64_t tasks = shape.num_segments * shape.kv_heads, groups = shape.heads / shape.kv_heads;
   const int64_t document = round_up(longest_keys(shape), kPairKeys) * round_up(shape.dim, kPairPad);
-  const std::unique_ptr<float[]> memory(new float[tasks * parts * 2 * document]);
+  const Scratch memory(tasks * parts * 2 * document * sizeof(float));
   std::vector<double> dsinks(tasks * parts * groups);
   std::vector<KeySums> sums(tasks * parts);
   for (int64_t i = 0; i < tasks * parts; ++i)
-    sums[i] = {memory.get() + 2 * i * document, memory.get() + (2 * i + 1) * document, dsinks.data() + i * groups};
+    sums[i] = {memory.data<float>() + 2 * i * document, memory.data<float>() + (2 * i + 1) * document,
+               dsinks.data() + i * groups};
   run_tasks<PairBuffers>(shape, true, tasks * parts, threads, [&](int64_t i, const PairBuffers& b) {
     const int64_t task = i / parts;
     kernels.backward(arguments, task / shape.kv_heads, task % shape.kv_heads, i % parts, parts, sums[i], b);

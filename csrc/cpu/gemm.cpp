@@ -4,8 +4,9 @@
 // Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008.
 #include "gemm.h"
 
-#include <memory>
 #include <type_traits>
+
+#include "scratch.h"
 
 #define MEGALITE_KERNELS "gemm.inc"
 #include "foreach_isa.h"
@@ -155,8 +156,8 @@ void run(const Product& a, int threads, const GemmSizes& sizes, Part part) {
     };
     const Span rows = range(strips, index / grid.cols, grid.rows, sizes.rows, a.rows);
     const Span cols = range(panels, index % grid.cols, grid.cols, sizes.cols, a.cols);
-    const std::unique_ptr<uint32_t[]> memory(new uint32_t[left + right + sums + 1024]);
-    uint32_t* start = memory.get() + (4096 - reinterpret_cast<uintptr_t>(memory.get()) % 4096) / sizeof(uint32_t);
+    const Scratch memory((left + right + sums) * sizeof(uint32_t));
+    uint32_t* start = memory.data<uint32_t>();
     part(a, rows, cols, blocks, {start, start + left, start + left + right});
   });
 }

@@ -7,7 +7,7 @@
 // left factor of dweight = dlogits^T x. Sums of dweight go to memory once, those of dx are one per thread.
 #include "head.h"
 
-#include <memory>
+#include "scratch.h"
 
 #if MEGALITE_AMX
 #pragma GCC push_options
@@ -62,14 +62,11 @@ class Arena {
  public:
   template <class T>
   T* take(int64_t size) {
-    const int64_t bytes = round_up(size * static_cast<int64_t>(sizeof(T)), 4096) + 4096;
-    memory_.emplace_back(new char[bytes]);
-    const auto start = reinterpret_cast<uintptr_t>(memory_.back().get());
-    return reinterpret_cast<T*>(start + (4096 - start % 4096) % 4096);
+    return memory_.emplace_back(size * sizeof(T)).template data<T>();
   }
 
  private:
-  std::vector<std::unique_ptr<char[]>> memory_;
+  std::vector<Scratch> memory_;
 };
 
 int64_t features_of(const HeadInputs& in) { return round_up(in.features, kSquare); }

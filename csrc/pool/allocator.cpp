@@ -73,6 +73,10 @@ MEGALITE_API int megalite_pool_install(size_t size, size_t least) {
   return c10::GetCPUAllocator() == allocator;
 }
 
+// Memory for others than torch: null where there is no room, and 0 for what is not the pool's.
+MEGALITE_API void* megalite_pool_take(size_t size) { return pool != nullptr ? pool->take(size) : nullptr; }
+MEGALITE_API int megalite_pool_give(void* pointer) { return pool != nullptr && pool->give(pointer); }
+
 MEGALITE_API int megalite_pool_owns(const void* pointer) { return pool != nullptr && pool->owns(pointer); }
 
 MEGALITE_API void megalite_pool_release() {

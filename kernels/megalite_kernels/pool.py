@@ -6,6 +6,7 @@ there is no pool, and all goes on as before.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
@@ -47,9 +48,20 @@ def library() -> ctypes.CDLL | None:
 
 
 def install(size: int, least: int = LEAST_BYTES) -> bool:
-    """Serve tensors of at least `least` bytes from `size` bytes of addresses from now on; True if that is so."""
+    """Serve tensors of at least `least` bytes from `size` bytes of addresses from now on; True if that is so.
+
+    The native kernels work in the same memory: what one needs for itself is free again when the next one runs.
+    """
     loaded = library()
-    return loaded is not None and bool(loaded.megalite_pool_install(size, least))
+    if loaded is None or not loaded.megalite_pool_install(size, least):
+        return False
+    with contextlib.suppress(ImportError):
+        from megalite_kernels import _C
+
+        functions = (loaded.megalite_pool_take, loaded.megalite_pool_give)
+        take, give = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
+        _C.work_in(take, give)
+    return True
 
 
 def owns(address: int) -> bool:

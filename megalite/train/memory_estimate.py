@@ -171,6 +171,7 @@ def _rank_memory(
     count = layers * layer + outside
     divided = parallel.zero == 3 and n > 1  # one rank has nothing to divide: flat buffers
     masters = 0 if divided or e == wide else 2 if job.remainders and e == 2 else wide
+    in_layers = max(_stage_workspace(job, [choices[layer] for layer in plan.layers[stage]]) for stage in own)
     return RankMemory(
         pp_rank=rank,
         parameters=count,
@@ -184,12 +185,7 @@ def _rank_memory(
         activations=activations,
         pipeline=_pipeline_buffers(job, len(own), first, last),
         communication=_bucket_buffers(job, count),
-        workspace=_workspace(
-            job,
-            sizes[0] if first else None,
-            last,
-            max(_stage_workspace(job, [choices[layer] for layer in plan.layers[stage]]) for stage in own),
-        ),
+        workspace=_workspace(job, sizes[0] if first else None, last, in_layers),
     )
 
 
@@ -357,13 +353,9 @@ def _bucket_buffers(job: Job, parameters: int) -> int:
 
 
 def _workspace(job: Job, first: int | None, last: bool, layers: int) -> int:
-    """Bytes on top of what is kept.
+    """Bytes on top of what is kept; `first` is what the first stage keeps of a micro-batch, if it is here.
 
-    Args:
-        job: what is trained.
-        first: what the first stage keeps of a micro-batch, if it is here.
-        last: the last stage is here.
-        layers: `_stage_workspace` of the stage that needs most.
+    `layers` is what a stage's layers need.
     """
     share, model = job.share, job.model
     gradient = vocabulary_rows(model, share.tp) * model.hidden_size * share.itemsize
@@ -375,7 +367,7 @@ def _workspace(job: Job, first: int | None, last: bool, layers: int) -> int:
 
 
 def _stage_workspace(job: Job, choices: Sequence[Recompute]) -> int:
-    """Bytes on top of what all layers of a stage keep, of one micro-batch; the last layer's backward pass is first."""
+    """Bytes on top of what all layers of a stage keep of one micro-batch, while they give it back from the last on."""
     most = freed = 0
     for choice in reversed(choices):
         most = max(most, _layer_workspace(job, choice) - freed)

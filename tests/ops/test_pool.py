@@ -165,6 +165,27 @@ assert pool.stats().blocks == pool.stats().holes == pool.stats().used_bytes == 0
     )
 
 
+def test_kernels_work_in_the_pool_too() -> None:
+    """What a native kernel needs for itself is taken and given back; where there is no room, it comes from malloc."""
+    run(
+        """
+from megalite_kernels.native.linear import multiply_
+x, w, out = (torch.randn(n, 256) for n in (300, 256, 300))
+expected = x @ w
+used = pool.stats(reset_peak=True).used_bytes
+multiply_(out, x, w)
+torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+after = pool.stats()
+assert after.used_bytes == used and after.peak_bytes > used + 256 * 256 * 4, (used, after)
+full = [make(64 << 10) for _ in range(1024)]
+pool.stats(reset_peak=True)
+multiply_(out.zero_(), x, w)
+torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+assert pool.stats().peak_bytes == pool.stats().used_bytes
+"""
+    )
+
+
 def test_a_child_process_has_a_pool_of_its_own_and_no_lock_of_another_thread() -> None:
     run("""
 import time

@@ -39,7 +39,7 @@ def wins(dtype: torch.dtype, rows: int, cols: int, inner: int) -> bool:
     """
     isa = _C.isa_name()
     if isa == "avx2" and dtype == torch.bfloat16:
-        return rows >= LEAST_ROWS_WIDENED
+        return rows >= LEAST_ROWS_WIDENED and cols * inner > 0
     if dtype == torch.float16 or rows < LEAST_ROWS or rows * cols * inner < LEAST_PRODUCT:
         return False
     if isa == "amx":
