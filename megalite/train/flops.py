@@ -4,8 +4,9 @@ Forward and backward of a matrix product cost 2 + 4 FLOPs per weight and token; 
 cost 2 · S · N · D each per token and layer in the forward if every query sees all S keys ("full"
 convention, PaLM appendix B), and half of that if it sees those before it ("causal" convention, Megatron
 since 2025). MFU by the full convention is the larger number; published figures use either, so both are
-printed. Not counted: embedding look-ups, norms, activations, the optimizer, padding rows of the vocabulary,
-recomputation. Document boundaries shorten attention further; neither convention credits that.
+printed. Not counted: embedding look-ups, norms, activations, the optimizer, padding rows of the vocabulary.
+Document boundaries shorten attention further; neither convention credits that. What a layer's backward pass makes
+again (`recompute`) is no use to the model: hardware FLOPs utilisation, HFU, counts it too, MFU does not.
 
 With more than one type of product a run is held to the time that its own products would take at their peaks,
 
@@ -20,14 +21,15 @@ read from, and what may exceed 100 %) has a name of its own.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
 from megalite.config import ModelConfig
 from megalite.errors import UserError
+from megalite.layers.recompute import Recompute
 from megalite_kernels.ops import fp8
 from megalite_kernels.ops.fp8_linear import Scaling
 from megalite_kernels.ops.linear import project
@@ -80,6 +82,8 @@ class FlopsPerToken:
     """Matrix products by name, and ``attention_full``."""
     fp8_share: float = 0.0
     """Part of `FP8_TERMS` that is multiplied in FP8."""
+    again: dict[str, float] = field(default_factory=dict)
+    """By term, what is multiplied a second time, all of it forward."""
 
     @property
     def full(self) -> float:
@@ -98,7 +102,17 @@ class FlopsPerToken:
 
     def mixed_peak(self, total: float, peak: Peak) -> float:
         """FLOP/s at which the `total` (`full` or `causal`) would run with each product at its own type's peak."""
-        return total / (self.fp8 / peak.fp8 + (total - self.fp8) / peak.main)
+        return total / self.ideal_seconds(total, peak)
+
+    def ideal_seconds(self, total: float, peak: Peak) -> float:
+        """Seconds that a token's `total` would take with each product at its own type's peak."""
+        return self.fp8 / peak.fp8 + (total - self.fp8) / peak.main
+
+    def ideal_seconds_again(self, peak: Peak, *, causal: bool) -> float:
+        """The same of what is multiplied again."""
+        fp8 = sum(self.again.get(name, 0.0) for name in FP8_TERMS) if self.fp8_share else 0.0
+        total = sum(self.again.values()) - 0.5 * causal * self.again.get("attention_full", 0.0)
+        return fp8 / peak.fp8 + (total - fp8) / peak.main
 
 
 def flops_per_token(model: ModelConfig, seq_length: int, fp8: Scaling | None = None) -> FlopsPerToken:
@@ -119,6 +133,31 @@ def flops_per_token(model: ModelConfig, seq_length: int, fp8: Scaling | None = N
         "attention_full": 12.0 * keys_seen * queries,
     }
     return FlopsPerToken(terms, FP8_SHARE[fp8])
+
+
+def flops_made_again(
+    model: ModelConfig, seq_length: int, choices: Mapping[int, Recompute]
+) -> dict[str, float]:
+    """FLOPs per token, by term, of what the backward passes of layers make again; empty if no product is.
+
+    Args:
+        model: its shape.
+        seq_length: S.
+        choices: what each layer makes again.
+    """
+    hidden, head = model.hidden_size, model.size_per_head
+    queries, keys = model.num_attention_heads * head, model.kv_heads * head
+    terms: dict[str, float] = {}
+    for layer, choice in choices.items():
+        seen = min(seq_length, model.window_of_layer(layer) or seq_length)
+        of_layer = {
+            "attention_qkv": choice.full * 2.0 * hidden * (queries + 2 * keys),
+            "attention_output": choice.full * 2.0 * queries * hidden,
+            "mlp": (choice.full or choice.mlp) * 2.0 * hidden * model.ffn_hidden_size * (1 + model.gated),
+            "attention_full": choice.full * 4.0 * seen * queries,
+        }
+        terms = {name: terms.get(name, 0.0) + flops for name, flops in of_layer.items()}
+    return terms if any(terms.values()) else {}
 
 
 def table_peak_tflops(device: torch.device, *, fp8: bool = False) -> float | None:

@@ -87,10 +87,17 @@ class Metrics:
         return records
 
     def utilisation(self, tokens_per_s: float) -> dict[str, float]:
-        """MFU by both conventions; of runs with FP8 products their rate against the bf16 peak alone, too."""
+        """MFU by both conventions, and HFU if products are made again.
+
+        Of runs with FP8 products their rate against the bf16 peak alone, too.
+        """
         flops, found = self.flops, {}
         for name, total in (("causal", flops.causal), ("full", flops.full)):
-            found[f"mfu_{name}"] = tokens_per_s * total / flops.mixed_peak(total, self.peak)
+            ideal = flops.ideal_seconds(total, self.peak)
+            found[f"mfu_{name}"] = tokens_per_s * ideal
+            if flops.again:
+                ideal += flops.ideal_seconds_again(self.peak, causal=name == "causal")
+                found[f"hfu_{name}"] = tokens_per_s * ideal
         if flops.fp8_share:
             found["mfu_bf16_equivalent_causal"] = tokens_per_s * flops.causal / self.peak.main
         return found
@@ -151,11 +158,13 @@ class ProgressLine:
         mean = {key: sum(r[key] for r in records) / len(records) for key in ("loss", "grad_norm")}
         mfu = {
             key: sum(r[key] * r["step_ms"] for r in records) / (seconds * 1e3)
-            for key in ("mfu_causal", "mfu_full")
+            for key in ("mfu_causal", "mfu_full", "hfu_causal")
+            if key in last
         }
+        hfu = f" · HFU {mfu['hfu_causal']:.1%} causal" if "hfu_causal" in mfu else ""
         text = (
             f"loss {mean['loss']:.3f} · {tokens / seconds:,.0f} tok/s · MFU {mfu['mfu_causal']:.1%} causal "
-            f"{mfu['mfu_full']:.1%} full · grad norm {mean['grad_norm']:.2f} · lr {last['learning_rate']:.2e}"
+            f"{mfu['mfu_full']:.1%} full{hfu} · grad norm {mean['grad_norm']:.2f} · lr {last['learning_rate']:.2e}"
         )
         if self._live is not None:
             self._live.update(self._task, completed=last["step"], text=text)

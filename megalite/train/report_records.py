@@ -32,7 +32,7 @@ MAX_MARKS = 1000
 FIELDS = (
     "step", "tokens", "loss", "grad_norm", "learning_rate", "global_batch_size", "valid_tokens", "skipped",
     "spike", "step_ms", "data_wait_ms", "forward_ms", "backward_ms", "communication_ms", "optimizer_ms",
-    "tokens_per_s", "mfu_causal", "mfu_full", "peak_memory_bytes", "update_ratio", "weight_norm",
+    "tokens_per_s", "mfu_causal", "mfu_full", "hfu_causal", "peak_memory_bytes", "update_ratio", "weight_norm",
 )  # fmt: skip
 """Numbers of one line of ``metrics.jsonl``; an absent one reads as nan."""
 

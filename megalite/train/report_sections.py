@@ -108,6 +108,12 @@ def _mfu(run: RunRecords, full: float, causal: float) -> str:
                 f"MFU, {label}: {grouped(rate)} tokens/s × {flop_count(flops)} ÷ {below}; "
                 f"recorded median <b>{percent(median(run, key))}</b>."
             )
+    again = sum((run.run.get("flops_again") or {}).values())
+    if again:
+        lines.append(
+            f"The backward pass makes {flop_count(again)} of each token again (attention in full); counted too, "
+            f"HFU, causal: recorded median <b>{percent(median(run, 'hfu_causal'))}</b>."
+        )
     return "<br>".join(lines)
 
 

@@ -210,6 +210,7 @@ def run_facts(session: Session, command: str, setup_s: float) -> dict[str, Any]:
         "peak_fp8_tflops": session.trainer.metrics.peak.fp8 / mesh.world_size / 1e12,
         "flops_terms": session.flops.terms,
         "flops_fp8_share": session.flops.fp8_share,
+        "flops_again": session.flops.again,
         "flops_per_token_causal": session.flops.causal,
         "flops_per_token_full": session.flops.full,
         "parameters": {

@@ -33,6 +33,7 @@ from megalite.train.flops import (
     FlopsPerToken,
     Precision,
     choose_precision,
+    flops_made_again,
     flops_per_token,
     peak_flops,
 )
@@ -126,7 +127,9 @@ def build_session(config: RunConfig, mesh: Mesh, *, replay_step: int | None = No
         state = load_state(found, manifest, replica.state, tensors, axis=host, tied_rank=tied)
         optimizer.step_count.copy_(state.pop("step_count"))
         guard.load_state(state)
-    flops = flops_per_token(config.model, config.train.seq_length, fp8_scaling(config, precision))
+    length = config.train.seq_length
+    flops = flops_per_token(config.model, length, fp8_scaling(config, precision))
+    flops.again.update(flops_made_again(config.model, length, replica.model.recompute))
     trainer = _make_trainer(
         config,
         replica,

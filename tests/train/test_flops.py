@@ -1,14 +1,28 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megalite.config import ModelConfig
+from megalite.layers.recompute import FULL, Recompute
 from megalite.models.presets import preset
 from megalite.models.transformer import Transformer
 from megalite.parallel.random import initialize
-from megalite.train.flops import choose_precision, flops_per_token, measure_gemm_tflops, table_peak_tflops
+from megalite.train.flops import (
+    Peak,
+    choose_precision,
+    flops_made_again,
+    flops_per_token,
+    measure_gemm_tflops,
+    table_peak_tflops,
+)
+from megalite.train.metrics import Metrics
+from tests.parallel.layouts import MODELS
+
+MLP = Recompute(mlp=True)
 
 
 def test_terms_equal_what_a_counter_sees_in_the_matrix_products():
@@ -38,6 +52,55 @@ def test_known_models(name, seq_length, full, causal):
     flops = flops_per_token(preset(name), seq_length)
     assert flops.full == pytest.approx(full, rel=2e-3)
     assert flops.causal == pytest.approx(causal, rel=2e-3)
+
+
+@pytest.mark.parametrize("name", ["qwen3-tied", "gpt2"])
+@pytest.mark.parametrize(
+    "choice", [Recompute(norm=True, activation=True, attention=True), MLP, FULL], ids=str
+)
+def test_what_is_made_again_is_what_torch_counts(name, choice):
+    """The products of a backward pass beyond those of one that makes nothing again."""
+    config = dataclasses.replace(MODELS[name], num_layers=3)
+    model = Transformer(config)
+    initialize(model, 0)
+    tokens, counted = torch.randint(0, 256, (2, 32)), []
+    for choices in ({}, {0: choice, 2: choice}):
+        model.recompute = choices
+        with FlopCounterMode(display=False) as counter:
+            model.logits(model(tokens)).sum().backward()
+        counts = counter.get_flop_counts()["Global"]
+        counted.append(sum(value for op, value in counts.items() if "mm" in str(op)))
+    again = flops_made_again(config, 32, {0: choice, 2: choice})
+    products = sum(value for term, value in again.items() if term != "attention_full")
+    assert counted[1] - counted[0] == products * tokens.numel()
+    assert (
+        again.get("attention_full", 0)
+        == choice.full * 2 * 4 * 32 * config.num_attention_heads * config.size_per_head
+    )
+    assert bool(again) == (choice.mlp or choice.full)
+
+
+def test_hfu_counts_what_is_made_again():
+    flops = flops_per_token(preset("gpt2-124m"), 1024)
+    flops.again.update(flops_made_again(preset("gpt2-124m"), 1024, dict.fromkeys(range(12), FULL)))
+    peak = Peak(1e15, 2e15)
+    # Everything forward but down_proj, a third of each product's FLOPs.
+    terms = flops.terms
+    layers = (terms["attention_qkv"] + terms["attention_output"] + terms["mlp"] / 2) / 3
+    for causal in (False, True):
+        attention = terms["attention_full"] / 3 / (1 + causal)
+        assert flops.ideal_seconds_again(peak, causal=causal) == pytest.approx((layers + attention) / 1e15)
+    plain = flops_per_token(preset("gpt2-124m"), 1024)
+    seen, usual = (
+        Metrics(None, counted, peak=peak, num_devices=1, device=torch.device("cpu")).utilisation(1e5)
+        for counted in (flops, plain)
+    )
+    assert usual.keys() == {"mfu_causal", "mfu_full"}
+    assert {name: seen[name] for name in usual} == usual
+    assert seen["hfu_causal"] == pytest.approx(
+        1e5 * (flops.causal / 1e15 + (layers + terms["attention_full"] / 6) / 1e15)
+    )
+    assert seen["hfu_full"] > seen["mfu_full"]
 
 
 def test_a_window_bounds_attention():
