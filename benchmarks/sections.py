@@ -87,7 +87,7 @@ def percent(value: float, digits: int = 1) -> str:
 def throughput_tables(results: Path, chosen: Chosen) -> str:
     """One table for each shape, precision and machine by the wall clock; below, the same by process time.
 
-    The machine that was measured last comes first.
+    The machine with the fastest matrix product comes first.
     """
     records = throughput(results)
     if not records:
@@ -96,8 +96,10 @@ def throughput_tables(results: Path, chosen: Chosen) -> str:
     if not records:
         words = " ".join(f"{field}={value}" for field, value in chosen.items())
         raise ValueError(f"no record of {THROUGHPUT} has {words}: measure it, or change the marker")
-    newest = {m: max(r["time"] for r in records if machine_of(r) == m) for m in map(machine_of, records)}
-    records = sorted(records, key=lambda record: newest[machine_of(record)], reverse=True)
+    peaks = {
+        m: max(r["gemm_peak_tflops"] for r in records if machine_of(r) == m) for m in map(machine_of, records)
+    }
+    records = sorted(records, key=lambda record: peaks[machine_of(record)], reverse=True)
     walls = [record for record in records if record["clock"] == "wall"]
     shown = {same_work(record) for record in walls}
     beside = [record for record in records if record["clock"] != "wall"]
@@ -108,7 +110,8 @@ def throughput_tables(results: Path, chosen: Chosen) -> str:
 def same_work(record: Record) -> tuple[object, ...]:
     """What a run by the wall clock and one by process time have in common."""
     fields = ("preset", "seq_length", "micro_batch_size", "tokens_per_step", "precision", "layout")
-    return (*(record.get(field) for field in fields), machine_of(record).device)
+    machine = machine_of(record)
+    return (*(record.get(field) for field in fields), machine.device, machine.isa)
 
 
 def throughput_table(record: Record, beside: Sequence[Record]) -> str:

@@ -21,11 +21,15 @@ FITS = 0.42
 
 
 def pictures(results: Path) -> dict[Path, list[Record]]:
-    """The picture of each device in a folder's records, and what it shows: runs by the wall clock, if there are any."""
+    """The picture of each device in a folder's records, and what it shows: runs by the wall clock, if there are any.
+
+    CPUs of one name with other instruction sets are other devices.
+    """
     found: dict[Path, list[Record]] = {}
     for record in throughput(results):
-        device = re.sub(r"[^a-z0-9]+", "-", machine_of(record).device.lower()).strip("-")
-        found.setdefault(results / f"throughput_{device}.png", []).append(record)
+        machine = machine_of(record)
+        name = re.sub(r"[^a-z0-9]+", "-", f"{machine.device} {machine.isa}".lower()).strip("-")
+        found.setdefault(results / f"throughput_{name}.png", []).append(record)
     return {
         path: [record for record in records if record["clock"] == "wall"] or records
         for path, records in found.items()
@@ -35,9 +39,15 @@ def pictures(results: Path) -> dict[Path, list[Record]]:
 def as_markdown(results: Path, link: str) -> str:
     """The pictures, for a document; `link` is the folder as the document writes it."""
     return "\n".join(
-        f"![Tokens per second of every contender on {machine_of(records[0]).device}]({link}/{path.name})"
+        f"![Tokens per second of every contender on {device_of(records[0])}]({link}/{path.name})"
         for path, records in pictures(results).items()
     )
+
+
+def device_of(record: Record) -> str:
+    """Its name, with the instruction set of a CPU."""
+    machine = machine_of(record)
+    return ", ".join(part for part in (machine.device, machine.isa) if part)
 
 
 def draw(records: Sequence[Record], path: Path) -> None:

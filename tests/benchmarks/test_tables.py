@@ -64,7 +64,7 @@ def test_a_comparison_of_trainers(tmp_path: Path) -> None:
         "`python benchmarks/train_throughput.py --preset llama-60m --precision bf16`: AMD EPYC, 2 cores"
         in made
     )
-    assert "![Tokens per second of every contender on AMD EPYC](there/throughput_amd-epyc.png)" in made
+    assert "every contender on AMD EPYC, avx512_bf16](there/throughput_amd-epyc-avx512-bf16.png)" in made
     assert made.startswith("# Title\n\n<!-- benchmarks: throughput -->\n")
     assert made.endswith("\nlast\n")
     assert "old" not in made
@@ -82,7 +82,11 @@ def test_what_makes_a_comparison_weaker_is_said(tmp_path: Path) -> None:
 
 
 def test_a_gpu_has_both_peaks(tmp_path: Path) -> None:
-    card = {"device": "NVIDIA H100", "table_peak_tflops": 989.0, "peak_source": "table of dense bf16 figures"}
+    card = {
+        "device": "NVIDIA H100",
+        "table_peak_tflops": 989.0,
+        "peak_source": "table of dense bf16 figures",
+    }
     write(tmp_path / "throughput.jsonl", [throughput_record(**card), throughput_record(precision="fp32")])
     made = tables.render(MARKERS, tmp_path, ".")
     assert "| MFU causal / full | share of the measured GEMM peak |" in made
@@ -93,18 +97,40 @@ def test_a_gpu_has_both_peaks(tmp_path: Path) -> None:
         tables.render(chosen.replace("fp32", "fp8"), tmp_path, ".")
 
 
-def test_the_machine_that_was_measured_last_comes_first(tmp_path: Path) -> None:
-    card = {"device": "NVIDIA H100", "table_peak_tflops": 989.0, "peak_source": "table of dense bf16 figures"}
+def test_the_fastest_machine_comes_first(tmp_path: Path) -> None:
+    card = {
+        "device": "NVIDIA H100",
+        "gemm_peak_tflops": 700.0,
+        "table_peak_tflops": 989.0,
+        "peak_source": "table of dense bf16 figures",
+    }
     older, newer = (
         throughput_record(time="2026-11-24T10:00:00"),
         throughput_record(time="2026-11-25T10:00:00"),
     )
-    for records in ([older, newer | card], [older | card, newer]):
+    for records, first in (([older, newer | card], newer), ([older | card, newer], older)):
         file = tmp_path / "throughput.jsonl"
         file.unlink(missing_ok=True)
         write(file, records)
         table = tables.render("<!-- benchmarks: throughput -->\n<!-- end -->", tmp_path, ".")
-        assert table.index("2026-11-25") < table.index("2026-11-24")
+        dates = sorted(("2026-11-24", "2026-11-25"), key=table.index)
+        assert dates[0] == first["time"][:10]
+
+
+def test_one_threads_rate_stands_below_its_own_instruction_set(tmp_path: Path) -> None:
+    vectors = MACHINE | {"isa": "avx2"}
+    alone = throughput_record(clock="process", threads=1, machine=vectors)
+    write(
+        tmp_path / "throughput.jsonl",
+        [throughput_record(), throughput_record(machine=vectors, peak=0.1), alone],
+    )
+    made = tables.render("<!-- benchmarks: throughput -->\n<!-- end -->", tmp_path, ".")
+    assert made.count("The same by CPU time") == 1
+    assert (
+        made.index("avx512_bf16, 2 threads")
+        < made.index("avx2, 2 threads")
+        < made.index("The same by CPU time")
+    )
 
 
 def test_kernels_of_several_machines_are_not_mixed(tmp_path: Path) -> None:
@@ -156,13 +182,15 @@ def test_the_plot_is_drawn_again_when_its_records_change(tmp_path: Path) -> None
         throughput_record(),
         throughput_record(precision="fp32", peak=0.7),
         throughput_record(device="H200"),
+        throughput_record(machine=MACHINE | {"isa": "avx2"}),
     ]
     write(tmp_path / "throughput.jsonl", runs)
     assert [path.name for path in throughput_plot.pictures(tmp_path)] == [
-        "throughput_amd-epyc.png",
+        "throughput_amd-epyc-avx512-bf16.png",
         "throughput_h200.png",
+        "throughput_amd-epyc-avx2.png",
     ]
-    (path, draw), _ = tables.stale_plots(tmp_path).items()
+    (path, draw), *_ = tables.stale_plots(tmp_path).items()
     draw()
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size < 100_000
