@@ -18,6 +18,8 @@ COLUMNS = 3
 """Panels in a row."""
 FITS = 0.42
 """Of a panel's width: the least bar that its own figures fit into."""
+SHARE_FITS = 0.18
+"""The same of its share of the peak alone."""
 
 
 def pictures(results: Path) -> dict[Path, list[Record]]:
@@ -113,7 +115,7 @@ def draw_panel(axes: Any, record: Record) -> None:
 def draw_bar(
     axes: Any, row: int, contender: Record, best: float | None, widest: float, *, inside: bool
 ) -> None:
-    """One contender: its rate on the left of the bar and its share of the peak on the right, or both beside it."""
+    """One contender: its rate on the left of the bar or beside it, its share of the peak on the right or beside it."""
     mine, rate = contender["kind"] == "ours", contender["tokens_per_s"]
     other = COMPILED_COLOUR if "compile" in contender["name"] else EAGER_COLOUR
     colour = OURS_COLOUR if mine else other
@@ -121,8 +123,11 @@ def draw_bar(
     text = f"{rate:,.0f}" + (f"  ({rate / best:.2f} ×)" if mine and best else "")
     share, gap = f"{100 * contender['gemm_fraction']:.0f} %", widest * 0.012
     style = {"va": "center", "fontsize": 9, "weight": "bold" if mine else "normal"}
+    fits = rate > SHARE_FITS * widest
+    if fits:
+        axes.text(rate - gap, row, share, ha="right", color="white", **style)
     if inside:
         axes.text(gap, row, text, color="white", **style)
-        axes.text(rate - gap, row, share, ha="right", color="white", **style)
     else:
-        axes.text(rate + gap, row, f"{text}   {share}", color=colour if mine else "#333333", **style)
+        beside = text if fits else f"{text}   {share}"
+        axes.text(rate + gap, row, beside, color=colour if mine else "#333333", **style)

@@ -127,7 +127,7 @@ def _data(processes: int) -> Iterator[Layout]:
 
 
 def _recompute(processes: int) -> Iterator[Layout]:
-    selective = RecomputeConfig(kind="selective", parts=("attention", "norm", "activation"))
+    selective = RecomputeConfig(kind="selective", parts=("attention", "norm", "activation", "mlp"))
     kinds = [selective, RecomputeConfig(kind="full"), RecomputeConfig(kind="budget", budget_gb=1e-4)]
     for kind in kinds:
         yield _layout("recompute", 2, kind, tp=2, sequence_parallel=True)
