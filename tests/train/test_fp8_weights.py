@@ -28,6 +28,7 @@ STARTS = [(0, 5, 6, 19), (0,), (0, 16)]
 RECOMPUTE = {
     "none": RecomputeConfig(),
     "selective": RecomputeConfig(kind="selective", parts=("attention", "norm", "activation")),
+    "mlp": RecomputeConfig(kind="selective", parts=("mlp",)),
     "full": RecomputeConfig(kind="full"),
 }
 
