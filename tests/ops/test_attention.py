@@ -190,8 +190,10 @@ def test_accuracy_with_softcap_sinks_and_scale(rows: int, dtype: torch.dtype, ba
 
     inputs = [random(2, rows, 4, 8), random(2, rows, 2, 8, seed=1), random(2, rows, 2, 8, seed=2)]
     inputs.append(random(4, seed=4))
-    # dsinks sums terms of both signs over all queries: its rounding is that of the terms.
-    check(ours, torch_attention, inputs, dtype=dtype, backend=backend, magnitude=8.0)
+    # dsinks sums terms of both signs over all queries: its rounding is that of the terms. dk of 300 rows is off by
+    # 5.6e-7 through autograd, by 9.4e-7 from the log-sum-exp in plain torch (both in fp32, on a CPU with AVX2 alone).
+    tiled = backend != "reference"
+    check(ours, torch_attention, inputs, dtype=dtype, backend=backend, magnitude=8.0, or_reference=tiled)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
