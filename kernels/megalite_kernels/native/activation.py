@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,11 +27,7 @@ def backward(dy: Tensor, x: Tensor, kind: str) -> Tensor:
 
 def backward_again_(dy: Tensor, x: Tensor, kind: str) -> Tensor:
     """Backend "cpu" of `activation_bwd_again_`."""
-    y = dy.contiguous()
-    dx = _backward(y, x, y, kind)
-    if y is not dy:
-        dy.copy_(y)
-    return dx
+    return _over_gradient(_backward, dy, x, kind)
 
 
 def _backward(dy: Tensor, x: Tensor, y: Tensor | None, kind: str) -> Tensor:
@@ -77,11 +74,16 @@ def packed_backward(dy: Tensor, packed: Tensor, kind: str) -> Tensor:
 
 def packed_backward_again_(dy: Tensor, packed: Tensor, kind: str) -> Tensor:
     """Backend "cpu" of `glu_bwd_again_`."""
+    return _over_gradient(_packed_backward, dy, packed, kind)
+
+
+def _over_gradient(backward: Callable[..., Tensor], dy: Tensor, x: Tensor, kind: str) -> Tensor:
+    """The gradient of x, with the output made again in dy."""
     y = dy.contiguous()
-    dpacked = _packed_backward(y, packed, y, kind)
+    dx = backward(y, x, y, kind)
     if y is not dy:
         dy.copy_(y)
-    return dpacked
+    return dx
 
 
 def _packed_backward(dy: Tensor, packed: Tensor, y: Tensor | None, kind: str) -> Tensor:
