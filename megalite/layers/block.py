@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -61,7 +63,7 @@ class Block(nn.Module):
                 return self._all_again(normed, total, context)
             x = self.attention(normed, context, cache, recompute.attention, given)
         if recompute.mlp and torch.is_grad_enabled():
-            return self._mlp_again(x, total, context)
+            return self._mlp_again(lambda x, total: (x, total), context, x, total)
         given = self.mlp.first.handover(context.split) if recompute.norm else None
         again = recompute.norm and given is None
         normed, residual = run_marked(again, self.mlp_norm, x, total, given)
@@ -69,23 +71,35 @@ class Block(nn.Module):
             return self.mlp(normed, context.split, recompute.activation, given), residual
 
     def _all_again(self, normed: Operand, total: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        def until_down(total: Tensor, *parts: Tensor) -> tuple[Operand, Tensor]:
-            return self._until_down(self.attention(from_tensors(*parts), context), total, context)
+        def attend(total: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
+            return self.attention(from_tensors(*parts), context), total
 
-        active, residual = run_again(until_down, total, *tensors_of(normed))
-        return self._down(active, context), residual
+        return self._mlp_again(attend, context, total, *tensors_of(normed))
 
-    def _mlp_again(self, x: Tensor, total: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        active, residual = run_again(lambda x, total: self._until_down(x, total, context), x, total)
-        return self._down(active, context), residual
+    def _mlp_again(
+        self, start: Callable[..., tuple[Tensor, Tensor]], context: Context, *arguments: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The block from `start(*arguments)`, its (branch, residual), to its end; run again except for `down_proj`.
 
-    def _until_down(self, x: Tensor, total: Tensor, context: Context) -> tuple[Operand, Tensor]:
-        normed, residual = self.mlp_norm(x, total)
-        value, *copies = tensors_of(self.mlp.up(normed, context.split))
-        return from_tensors(tap(value), *copies), residual
+        The second run comes in time for the backward pass of what reads its result: the activation's, which brings
+        its own output, or (without a handover) that of `down_proj`, with the activation run again too.
+        """
+        given = self.mlp.down_proj.handover(context.split)
 
-    def _down(self, active: Operand, context: Context) -> Tensor:
-        """What `_until_down` gave is made again for the product's backward pass, in time for its own."""
-        value = value_of(active)
+        def until_down(*arguments: Tensor) -> tuple[Operand, Tensor]:
+            normed, residual = self.mlp_norm(*start(*arguments))
+            inner = self.mlp.first(normed, context.split)
+            value, *copies = (inner,) if given is not None else tensors_of(self.mlp.activation(inner))
+            return from_tensors(tap(value), *copies), residual
+
+        last, residual = run_again(until_down, *arguments)
+        value = value_of(last)
         with made_again(True, (value,), tapped(value)):
-            return self.mlp.down_proj(active, context.split)
+            if given is None:
+                return self.mlp.down_proj(last, context.split), residual
+            active = self.mlp.activation(value, given)
+        del (
+            last,
+            value,
+        )  # a layer's widest tensor, which nothing keeps: not here either while the product runs
+        return self.mlp.down_proj(active, context.split, given), residual

@@ -40,10 +40,8 @@ class ActivationFunction:
         """`given` is brought the result again by the backward pass."""
         if self.quantizes:
             return kernels.fp8_activation(inner, self.quantizing)
-        # The product that `given` comes from is the only reader: its backward pass makes the gradient for this one.
-        return self.plain(
-            inner, again=None if given is None else given.bring, takes_gradient=given is not None
-        )
+        # Between two products nobody else has the gradient, or `inner`, which no product keeps.
+        return self.plain(inner, again=None if given is None else given.bring, in_place=given is not None)
 
 
 def _down(
@@ -99,10 +97,6 @@ class GatedMLP(nn.Module):
         """The projection that reads the layer's input."""
         return self.gate_up_proj
 
-    def up(self, x: Operand, split: TensorSplit | None = None) -> Operand:
-        """[..., H] → [..., F / tp], what `down_proj` reads."""
-        return self.activation(self.gate_up_proj(x, split))
-
     def forward(
         self,
         x: Operand,
@@ -149,10 +143,6 @@ class MLP(nn.Module):
     def first(self) -> ColumnParallelLinear:
         """The projection that reads the layer's input."""
         return self.up_proj
-
-    def up(self, x: Operand, split: TensorSplit | None = None) -> Operand:
-        """[..., H] → [..., F / tp], what `down_proj` reads."""
-        return self.activation(self.up_proj(x, split))
 
     def forward(
         self,

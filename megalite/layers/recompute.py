@@ -22,7 +22,8 @@ Elsewhere (`made_again`) the tensor is made again when the consumer's backward p
 collective runs twice. With context parallelism by Ulysses the attention kernel keeps the exchanged heads, so
 "attention" frees nothing there.
 
-mlp and full run again up to the activation, but not `down_proj`, whose output nothing needs. Of the collectives of
+mlp and full run again up to the activation, which writes its output again in its own backward pass where a handover
+takes it, and runs a second time elsewhere; `down_proj` does not, as nothing needs what it gives. Of the collectives of
 full the two all-gathers before the column-parallel products, the reduction after `o_proj` and the context-parallel
 exchange run a second time, of mlp one all-gather; the reduction after `down_proj` does not.
 

@@ -378,11 +378,11 @@ def _stage_workspace(job: Job, choices: Sequence[Recompute]) -> int:
 def _layer_workspace(job: Job, again: Recompute) -> int:
     """Gradients within a layer, and its activations if they are made again."""
     share, model = job.share, job.model
-    kept = layer_bytes(model, share)
-    gradients = kept.inner + kept.active + 2 * share.tokens * model.hidden_size * share.itemsize
-    if again.full or again.mlp:
-        return gradients + sum(kept) - kept_bytes(model, share, again)
-    return gradients + (again.activation and not cheap_choice(job).activation) * kept.active
+    kept, more = layer_bytes(model, share), again.full or again.mlp
+    in_place = (again.activation or more) and cheap_choice(job).activation
+    gradients = kept.active + 2 * share.tokens * model.hidden_size * share.itemsize
+    made = sum(kept) - kept_bytes(model, share, again) if more else again.activation * kept.active
+    return gradients + made + (-kept.active if in_place else kept.inner)
 
 
 def _loss_workspace(job: Job, gradient: int) -> int:

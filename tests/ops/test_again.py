@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -66,22 +67,28 @@ def test_same_bits(name: str, shape: tuple[int, int], dtype: torch.dtype, backen
     assert all(same(one, other) for one, other in zip(gradients, plain, strict=True))
 
 
-@pytest.mark.parametrize("takes", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["swiglu", "geglu", "gelu", "relu_squared"])
-def test_made_again_over_its_gradient_only_if_told(name: str, backend: str, takes: bool) -> None:
-    """Whose gradient another operand of an addition may have too, or who called backward."""
-    x, made = random(70, 38, scale=3).requires_grad_(), []
+def test_written_over_gradient_and_input_only_if_told(name: str, backend: str, in_place: bool) -> None:
+    """Whose gradient another operand of an addition may have too, or who called backward; whose input, anybody."""
+    leaf, made = random(70, 38, scale=3).requires_grad_(), []
     with backends.use_backend(backend):
-        y = getattr(mk, name)(x, again=made.append, takes_gradient=takes)
+        x = leaf.clone()
+        y = getattr(mk, name)(x, again=made.append, in_place=in_place)
         given = random(*y.shape, seed=4)
-        y.backward(dy := given.clone())
-        (expected,) = torch.autograd.grad(getattr(mk, name)(x), x, given)
+        y.backward(dy := given.clone(), retain_graph=True)
+        (expected,) = torch.autograd.grad(getattr(mk, name)(leaf), leaf, given)
     assert torch.equal(made[0], y)
-    assert x.grad is not None
-    assert torch.equal(x.grad, expected)
-    assert (made[0] is dy or made[0].data_ptr() == dy.data_ptr()) == takes
-    assert torch.equal(dy, y if takes else given)
+    assert leaf.grad is not None
+    assert torch.equal(leaf.grad, expected)
+    assert (made[0] is dy or made[0].data_ptr() == dy.data_ptr()) == in_place
+    assert torch.equal(dy, y if in_place else given)
+    assert torch.equal(x, expected if in_place else leaf)
+    again = pytest.raises(RuntimeError, match="modified by an inplace operation") if in_place else nullcontext()
+    with backends.use_backend(backend), again:
+        y.backward(given)
+    assert in_place or torch.equal(leaf.grad, 2 * expected)
 
 
 def test_only_packed() -> None:

@@ -68,9 +68,12 @@ def test_weight_gradients_are_added_once() -> None:
 
 
 def test_what_costs_next_to_nothing_runs_no_pass_of_its_own() -> None:
-    """The backward passes of norms and activations write again what they gave: no forward pass runs twice."""
+    """The backward passes of norms and activations write again what they gave: no forward pass runs twice.
+
+    Where the MLP is made again its norm does, and its activation still does not.
+    """
     counts = []
-    for kind in KINDS[:2]:
+    for kind in (*KINDS[:2], KINDS[3], KINDS[4]):
         watch = Watch()
         with watch:
             gradients_of(ParallelConfig(), kind, BATCHES[:1])
@@ -83,6 +86,9 @@ def test_what_costs_next_to_nothing_runs_no_pass_of_its_own() -> None:
         "rms_norm_bwd_again": 2 * layers,
     }
     assert counts[1] == {name: count + again.get(name, 0) for name, count in counts[0].items()}
+    for count in counts[2:]:
+        assert count["rms_norm_residual_fwd"] == counts[0]["rms_norm_residual_fwd"] + layers
+        assert [count["glu_fwd"], count["glu_bwd"], count["glu_bwd_again_"]] == [layers, 0, layers]
 
 
 @pytest.mark.parametrize(

@@ -22,20 +22,20 @@ def forward(x: Tensor, kind: str) -> Tensor:
 
 def backward(dy: Tensor, x: Tensor, kind: str) -> Tensor:
     """Backend "cpu" of `activation_bwd`."""
-    return _backward(dy, x, None, kind)
-
-
-def backward_again_(dy: Tensor, x: Tensor, kind: str) -> Tensor:
-    """Backend "cpu" of `activation_bwd_again_`."""
-    return _over_gradient(_backward, dy, x, kind)
-
-
-def _backward(dy: Tensor, x: Tensor, y: Tensor | None, kind: str) -> Tensor:
     dy, x = dy.contiguous(), x.contiguous()
     dx = torch.empty_like(x)
+    _backward(dy, x, dx, None, kind)
+    return dx
+
+
+def backward_again_(dy: Tensor, x: Tensor, kind: str) -> None:
+    """Backend "cpu" of `activation_bwd_again_`."""
+    _in_place(_backward, dy, x, kind)
+
+
+def _backward(dy: Tensor, x: Tensor, dx: Tensor, y: Tensor | None, kind: str) -> None:
     codes = (DTYPES[x.dtype], ACTIVATIONS[kind])
     _C.activation_backward(*codes, address(dy), address(x), address(dx), address(y), x.numel(), threads())
-    return dx
 
 
 def gated_forward(gate: Tensor, up: Tensor, kind: str) -> Tensor:
@@ -69,31 +69,31 @@ def packed_forward(packed: Tensor, kind: str) -> Tensor:
 
 def packed_backward(dy: Tensor, packed: Tensor, kind: str) -> Tensor:
     """Backend "cpu" of `glu_bwd`."""
-    return _packed_backward(dy, packed, None, kind)
-
-
-def packed_backward_again_(dy: Tensor, packed: Tensor, kind: str) -> Tensor:
-    """Backend "cpu" of `glu_bwd_again_`."""
-    return _over_gradient(_packed_backward, dy, packed, kind)
-
-
-def _over_gradient(backward: Callable[..., Tensor], dy: Tensor, x: Tensor, kind: str) -> Tensor:
-    """The gradient of x, with the output made again in dy."""
-    y = dy.contiguous()
-    dx = backward(y, x, y, kind)
-    if y is not dy:
-        dy.copy_(y)
-    return dx
-
-
-def _packed_backward(dy: Tensor, packed: Tensor, y: Tensor | None, kind: str) -> Tensor:
     dy, packed = dy.contiguous(), packed.contiguous()
     dpacked = torch.empty_like(packed)
+    _packed_backward(dy, packed, dpacked, None, kind)
+    return dpacked
+
+
+def packed_backward_again_(dy: Tensor, packed: Tensor, kind: str) -> None:
+    """Backend "cpu" of `glu_bwd_again_`."""
+    _in_place(_packed_backward, dy, packed, kind)
+
+
+def _in_place(backward: Callable[..., None], dy: Tensor, x: Tensor, kind: str) -> None:
+    """The output made again in dy, and the gradient of x in x: each kernel reads a place before it writes there."""
+    y, dx = dy.contiguous(), x.contiguous()
+    backward(y, dx, dx, y, kind)
+    for given, made in ((dy, y), (x, dx)):
+        if made is not given:
+            given.copy_(made)
+
+
+def _packed_backward(dy: Tensor, packed: Tensor, dpacked: Tensor, y: Tensor | None, kind: str) -> None:
     cols = dy.shape[-1]
     offset = cols * packed.element_size()
     start, grad_start = address(packed), address(dpacked)
     _gated_backward(dy, start, start + offset, grad_start, grad_start + offset, y, kind, cols, 2 * cols)
-    return dpacked
 
 
 def _gated_forward(like: Tensor, gate: int, up: int, y: Tensor, kind: str, cols: int, stride: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from megalite_kernels._library import define
 from megalite_kernels.backend import register, register_lazy
@@ -25,7 +26,7 @@ def swiglu(
     *,
     bias: Tensor | None = None,
     again: Again | None = None,
-    takes_gradient: bool = False,
+    in_place: bool = False,
 ) -> Tensor:
     """`silu(gate) * up`, with silu(x) = x * sigmoid(x), computed in float32 and rounded once.
 
@@ -36,9 +37,10 @@ def swiglu(
         again: called in the backward pass with the output, which that makes again (the same bits) for a fifth more
             bytes: who needs it for a gradient, as the weights' of the layer after this, need not keep it. Only
             without `up`.
-        takes_gradient: the output is then made again where its gradient stands, which is lost: less memory, and no
-            line that is not there already. Only where nobody else has that gradient, as where a product alone reads
-            the output; an addition hands one gradient to both its operands.
+        in_place: on CPUs the output is then made again where its gradient stands, and the gradient of what was
+            given is written over that: less memory, and no line that is not there already. Only where nobody else
+            has either, as between two products; an addition hands one gradient to both its operands. A second
+            backward pass through the graph is refused.
 
     Returns:
         [..., F] like gate, contiguous.
@@ -49,7 +51,7 @@ def swiglu(
     Saved: gate and up.
     Source: Shazeer, "GLU Variants Improve Transformer", 2020.
     """
-    return _gated(gate, up, bias, "silu", again, takes_gradient)
+    return _gated(gate, up, bias, "silu", again, in_place)
 
 
 def geglu(
@@ -59,10 +61,10 @@ def geglu(
     bias: Tensor | None = None,
     approximate: str = "tanh",
     again: Again | None = None,
-    takes_gradient: bool = False,
+    in_place: bool = False,
 ) -> Tensor:
     """`gelu(gate) * up`; arguments as in `swiglu`, `approximate` as in `gelu`."""
-    return _gated(gate, up, bias, _gelu_kind(approximate), again, takes_gradient)
+    return _gated(gate, up, bias, _gelu_kind(approximate), again, in_place)
 
 
 def gelu(
@@ -71,7 +73,7 @@ def gelu(
     bias: Tensor | None = None,
     approximate: str = "tanh",
     again: Again | None = None,
-    takes_gradient: bool = False,
+    in_place: bool = False,
 ) -> Tensor:
     """`x * Phi(x)`, Phi being the normal distribution function, computed in float32 and rounded once.
 
@@ -79,7 +81,7 @@ def gelu(
         x: any shape [..., F].
         bias: [F], added to x first.
         approximate: "tanh" (GPT-2's `gelu_new`) or "none" (exact).
-        again, takes_gradient: the output is made again in the backward pass; see `swiglu`.
+        again, in_place: the output is made again in the backward pass; see `swiglu`.
 
     Raises:
         ValueError: shapes, dtypes or devices don't fit together, or `approximate` is not known.
@@ -87,14 +89,14 @@ def gelu(
     Saved: x (with its bias).
     Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016.
     """
-    return _plain(x, bias, _gelu_kind(approximate), again, takes_gradient)
+    return _plain(x, bias, _gelu_kind(approximate), again, in_place)
 
 
 def relu_squared(
-    x: Tensor, *, bias: Tensor | None = None, again: Again | None = None, takes_gradient: bool = False
+    x: Tensor, *, bias: Tensor | None = None, again: Again | None = None, in_place: bool = False
 ) -> Tensor:
     """`max(x, 0)^2`; arguments as in `gelu`. Source: So et al., "Primer", 2021."""
-    return _plain(x, bias, "relu2", again, takes_gradient)
+    return _plain(x, bias, "relu2", again, in_place)
 
 
 def _gelu_kind(approximate: str) -> str:
@@ -102,17 +104,17 @@ def _gelu_kind(approximate: str) -> str:
     return "gelu_tanh" if approximate == "tanh" else "gelu"
 
 
-def _plain(x: Tensor, bias: Tensor | None, kind: str, again: Again | None, takes_gradient: bool) -> Tensor:
+def _plain(x: Tensor, bias: Tensor | None, kind: str, again: Again | None, in_place: bool) -> Tensor:
     checks.require_float(x=x)
     if bias is not None:
         checks.require_shape(bias, (x.shape[-1],), "bias", f"x with {x.shape[-1]} features")
         checks.require_same_kind(bias, x, "bias", "x")
         x = x + bias
-    return _Activation.apply(x, kind, again, takes_gradient)
+    return _Activation.apply(x, kind, again, in_place)
 
 
 def _gated(
-    gate: Tensor, up: Tensor | None, bias: Tensor | None, kind: str, again: Again | None, takes_gradient: bool
+    gate: Tensor, up: Tensor | None, bias: Tensor | None, kind: str, again: Again | None, in_place: bool
 ) -> Tensor:
     checks.require_float(gate=gate)
     features = gate.shape[-1] * 2 if up is not None else gate.shape[-1]
@@ -131,7 +133,7 @@ def _gated(
     if features % 2:
         raise ValueError(f"gate has {features} features: a packed [gate, up] tensor needs an even number")
     packed = gate if bias is None else gate + bias
-    return _GatedPacked.apply(packed, kind, again, takes_gradient)
+    return _GatedPacked.apply(packed, kind, again, in_place)
 
 
 def packed_forward(packed: Tensor, kind: str) -> Tensor:
@@ -146,18 +148,18 @@ def packed_backward(dy: Tensor, packed: Tensor, kind: str) -> Tensor:
     return torch.cat(reference.gated_backward(dy, gate, up, kind), dim=-1)
 
 
-def backward_again_(dy: Tensor, x: Tensor, kind: str) -> Tensor:
-    """Reference of `activation_bwd_again_`: dx, and dy becomes y."""
-    dx = reference.backward(dy, x, kind)
-    dy.copy_(reference.forward(x, kind))
-    return dx
+def backward_again_(dy: Tensor, x: Tensor, kind: str) -> None:
+    """Reference of `activation_bwd_again_`: dy becomes y, and x becomes dx."""
+    dx, y = reference.backward(dy, x, kind), reference.forward(x, kind)
+    dy.copy_(y)
+    x.copy_(dx)
 
 
-def packed_backward_again_(dy: Tensor, packed: Tensor, kind: str) -> Tensor:
-    """Reference of `glu_bwd_again_`: dpacked, and dy becomes y."""
-    dpacked = packed_backward(dy, packed, kind)
-    dy.copy_(packed_forward(packed, kind))
-    return dpacked
+def packed_backward_again_(dy: Tensor, packed: Tensor, kind: str) -> None:
+    """Reference of `glu_bwd_again_`: dy becomes y, and packed becomes dpacked."""
+    dpacked, y = packed_backward(dy, packed, kind), packed_forward(packed, kind)
+    dy.copy_(y)
+    packed.copy_(dpacked)
 
 
 def _fake_packed_forward(packed: Tensor, kind: str) -> Tensor:
@@ -177,11 +179,10 @@ _packed_backward = define(
     "glu_bwd(Tensor dy, Tensor packed, str kind) -> Tensor", fake=lambda dy, packed, kind: _like(packed)
 )
 _backward_again_ = define(
-    "activation_bwd_again_(Tensor(a!) dy, Tensor x, str kind) -> Tensor", fake=lambda dy, x, kind: _like(x)
+    "activation_bwd_again_(Tensor(a!) dy, Tensor(b!) x, str kind) -> ()", fake=lambda dy, x, kind: None
 )
 _packed_backward_again_ = define(
-    "glu_bwd_again_(Tensor(a!) dy, Tensor packed, str kind) -> Tensor",
-    fake=lambda dy, packed, kind: _like(packed),
+    "glu_bwd_again_(Tensor(a!) dy, Tensor(b!) packed, str kind) -> ()", fake=lambda dy, packed, kind: None
 )
 _pair_forward = define(
     "glu_pair_fwd(Tensor gate, Tensor up, str kind) -> Tensor", fake=lambda gate, up, kind: _like(gate)
@@ -215,10 +216,10 @@ for _op, _again in (
 
 class _Activation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kind: str, again: Again | None, takes_gradient: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kind: str, again: Again | None, in_place: bool) -> Tensor:
         x = x.contiguous()
         ctx.save_for_backward(x)
-        ctx.kind, ctx.again, ctx.takes_gradient = kind, again, takes_gradient
+        ctx.kind, ctx.again, ctx.in_place = kind, again, in_place
         return _activation_forward(x, kind)
 
     @staticmethod
@@ -228,8 +229,9 @@ class _Activation(torch.autograd.Function):
         if ctx.again is None:
             return _activation_backward(dy, x, ctx.kind), None, None, None
         if x.device.type == "cpu":
-            y = dy if ctx.takes_gradient else dy.clone()
-            dx = _backward_again_(y, x, ctx.kind)
+            y, dx = (dy, x) if ctx.in_place else (dy.clone(), x.clone())
+            _backward_again_(y, dx, ctx.kind)
+            increment_version((y, dx))
         else:
             dx, y = _activation_backward(dy, x, ctx.kind), _activation_forward(x, ctx.kind)
         ctx.again(y)
@@ -238,10 +240,10 @@ class _Activation(torch.autograd.Function):
 
 class _GatedPacked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, packed: Tensor, kind: str, again: Again | None, takes_gradient: bool) -> Tensor:
+    def forward(ctx: Any, packed: Tensor, kind: str, again: Again | None, in_place: bool) -> Tensor:
         packed = packed.contiguous()
         ctx.save_for_backward(packed)
-        ctx.kind, ctx.again, ctx.takes_gradient = kind, again, takes_gradient
+        ctx.kind, ctx.again, ctx.in_place = kind, again, in_place
         return _packed_forward(packed, kind)
 
     @staticmethod
@@ -251,8 +253,9 @@ class _GatedPacked(torch.autograd.Function):
         if ctx.again is None:
             return _packed_backward(dy, packed, ctx.kind), None, None, None
         if packed.device.type == "cpu":
-            y = dy if ctx.takes_gradient else dy.clone()
-            dpacked = _packed_backward_again_(y, packed, ctx.kind)
+            y, dpacked = (dy, packed) if ctx.in_place else (dy.clone(), packed.clone())
+            _packed_backward_again_(y, dpacked, ctx.kind)
+            increment_version((y, dpacked))
         else:
             dpacked, y = _packed_backward(dy, packed, ctx.kind), _packed_forward(packed, ctx.kind)
         ctx.again(y)
