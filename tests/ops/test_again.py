@@ -85,7 +85,9 @@ def test_written_over_gradient_and_input_only_if_told(name: str, backend: str, i
     assert (made[0] is dy or made[0].data_ptr() == dy.data_ptr()) == in_place
     assert torch.equal(dy, y if in_place else given)
     assert torch.equal(x, expected if in_place else leaf)
-    again = pytest.raises(RuntimeError, match="modified by an inplace operation") if in_place else nullcontext()
+    again = (
+        pytest.raises(RuntimeError, match="modified by an inplace operation") if in_place else nullcontext()
+    )
     with backends.use_backend(backend), again:
         y.backward(given)
     assert in_place or torch.equal(leaf.grad, 2 * expected)
