@@ -3,9 +3,11 @@
 
 namespace megalite {
 
+// The backwards make y again where it is not null. y may be dy, dx may be x, and dgate and dup may be gate and up: each
+// place is read before it is written, and by one thread alone.
 struct ActivationArguments {
   const void *dy, *x;
-  void *y, *dx;  // the backward makes y again where it is not null; y may be dy
+  void *y, *dx;
 };
 
 struct GatedArguments {

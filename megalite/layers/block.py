@@ -98,8 +98,6 @@ class Block(nn.Module):
             if given is None:
                 return self.mlp.down_proj(last, context.split), residual
             active = self.mlp.activation(value, given)
-        del (
-            last,
-            value,
-        )  # a layer's widest tensor, which nothing keeps: not here either while the product runs
+        # A layer's widest tensor, which nothing keeps: not here either while the product runs.
+        del last, value
         return self.mlp.down_proj(active, context.split, given), residual

@@ -106,7 +106,8 @@ class GatedMLP(nn.Module):
     ) -> Tensor:
         """[..., H] → [..., H]; `split` says how the tokens lie, by default as the layer was made.
 
-        With `again` the backward pass makes the activation's output again; `given` brings it x again.
+        With `again` the backward pass makes the activation's output again, on CPUs over what the first product gave:
+        who keeps that, by a hook for instance, has to copy it. `given` brings x again.
         """
         inner = self.gate_up_proj(x, split, given)
         return _down(self.activation, inner, self.down_proj, split, again)
@@ -153,7 +154,8 @@ class MLP(nn.Module):
     ) -> Tensor:
         """[..., H] → [..., H]; `split` says how the tokens lie, by default as the layer was made.
 
-        With `again` the backward pass makes the activation's output again; `given` brings it x again.
+        With `again` the backward pass makes the activation's output again, on CPUs over what the first product gave:
+        who keeps that, by a hook for instance, has to copy it. `given` brings x again.
         """
         inner = self.up_proj(x, split, given)
         return _down(self.activation, inner, self.down_proj, split, again)

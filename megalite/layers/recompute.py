@@ -78,7 +78,7 @@ def made_again(
         again: False does nothing.
         outputs: contiguous tensors.
         make: gives equal tensors, from tensors that are kept anyway. Called without a graph, once for each
-            backward pass.
+            backward pass. Nobody else may need what it gives: a consumer may write there.
     """
     if not again or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         yield

@@ -22,9 +22,9 @@ the optimizer's state (dp_shard · cp; 1 with zero=0):
                     is on its way (looped_bfs posts the receives of a whole step: as much for each micro-batch)
     communication   grad_reduce_dtype="bf16": two buckets on their way, sent and received; fp32 travels in place
     workspace       the largest of: the loss (a chunk of logits; with tp > 1 also tokens and dx); the backward pass of
-                    one layer (gradients of T · (3f + 2H), T · f if the activation's output is made again elsewhere
-                    than in its gradient's place, all activations of a recomputed MLP or layer) less what the loss and
-                    the layers after it have given back by then. With zero=3 the loss
+                    one layer (gradients of T · (3f + 2H), and what is made again; with a handover on CPUs the
+                    activation's output stands over its gradient and the gradient of its input over that) less what
+                    the loss and the layers after it have given back by then. With zero=3 the loss
                     also makes a gradient of V / tp rows, which waits for the embedding's where the matrix is tied;
                     and the embedding's gradient is the largest where it is larger than all activations of that
                     micro-batch.

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from megalite.config import ModelConfig, ParallelConfig, RecomputeConfig
 from megalite.errors import UserError
 from megalite.layers.attention import Context
+from megalite.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.layers.recompute import FULL, KEEP, Recompute
 from megalite.layers.recompute_plan import (
     Share,
@@ -25,6 +27,7 @@ from megalite.layers.recompute_plan import (
 from megalite.layers.rope import rope_frequencies, rope_tables
 from megalite.models.transformer import build_block
 from megalite.parallel.context import ContextSplit
+from megalite.parallel.gradients import GradientSink, get_sink, set_sink
 from megalite.parallel.mesh import Mesh, mesh_of_group
 from megalite.parallel.tensor import TensorSplit, own_tokens
 from tests.helpers.kept import Watch
@@ -61,8 +64,9 @@ def run_layers(
     choice: Recompute,
     parallel: ParallelConfig | None = None,
     dtype: torch.dtype = torch.float32,
+    sinks: bool = False,
 ) -> Seen:
-    """Two layers on this rank's part of a packed batch, with weights from a seed."""
+    """Two layers on this rank's part of a packed batch, with weights from a seed; `sinks` add gradients up."""
     device = torch.device("cpu")
     mesh = mesh_of_group(parallel, device) if parallel else Mesh(device=device)
     split = TensorSplit(mesh.tp, parallel is not None and parallel.sequence_parallel and mesh.tp.size > 1)
@@ -71,6 +75,8 @@ def run_layers(
     layers = nn.ModuleList(build_block(config, i, split, dtype=dtype) for i in range(LAYERS))
     for parameter in layers.parameters():
         nn.init.normal_(parameter, std=0.2)
+    if sinks:
+        add_sinks(layers)
     torch.manual_seed(7)
     whole, positions = torch.randn(TOKENS, config.hidden_size, dtype=dtype), torch.arange(TOKENS)
     if sequence is not None:
@@ -90,8 +96,23 @@ def run_layers(
     kept = forward.alive_at_rest(x, residual) if choice.full or choice.mlp else forward.alive_at_rest(x)
     with backward:
         ((x + residual) * torch.arange(1, 1 + x.shape[-1], dtype=dtype)).sum().backward()
-    gradients = [start.grad, *(p.grad for p in layers.parameters())]
+    gradients = [start.grad, *map(gradient_of, layers.parameters())]
     return Seen(kept, gradients, forward.collectives(), backward.collectives())
+
+
+def add_sinks(layers: nn.Module) -> None:
+    """As in a trainer on CPUs: products hand their inputs over, and activations write in place."""
+    for layer in layers.modules():
+        if isinstance(layer, (ColumnParallelLinear, RowParallelLinear)):
+            wide = torch.promote_types(layer.weight.dtype, torch.float32)
+            total = torch.zeros(layer.weight.shape, dtype=wide)
+            set_sink(layer.weight, GradientSink(total, added=lambda: None))
+
+
+def gradient_of(parameter: nn.Parameter) -> Tensor:
+    gradient = parameter.grad if (sink := get_sink(parameter)) is None else sink.main_grad
+    assert gradient is not None
+    return gradient
 
 
 def more(seen: Seen, than: Seen) -> dict[str, int]:
@@ -121,6 +142,34 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
         seen = run_layers(MODELS["qwen3-tied"], choice, dtype=dtype)
         assert seen.kept == LAYERS * kept_bytes(MODELS["qwen3-tied"], share, choice)
         assert all(torch.equal(a, b) for a, b in zip(kept.gradients, seen.gradients, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_where_backward_passes_bring_what_was_dropped(name: str, dtype: torch.dtype) -> None:
+    share = Share(TOKENS, dtype.itemsize)
+    kept = run_layers(MODELS[name], KEEP, dtype=dtype, sinks=True)
+    assert all(gradient.abs().max() > 0 for gradient in kept.gradients)
+    for choice in CHOICES.values():
+        seen = run_layers(MODELS[name], choice, dtype=dtype, sinks=True)
+        assert seen.kept == LAYERS * kept_bytes(MODELS[name], share, choice), choice
+        assert all(torch.equal(a, b) for a, b in zip(kept.gradients, seen.gradients, strict=True)), choice
+
+
+@pytest.mark.parametrize(
+    ("choice", "there"), [(KEEP, True), (PARTS, True), (MLP, False), (FULL, False)], ids=str
+)
+def test_the_widest_tensor_is_gone_while_the_last_product_runs(choice: Recompute, there: bool) -> None:
+    block = build_block(MODELS["gpt2"], 0, TensorSplit())
+    add_sinks(block)
+    made, seen = [], []
+    block.mlp.first.register_forward_hook(
+        lambda layer, given, out: made.append(StorageWeakRef(out.untyped_storage()))
+    )
+    block.mlp.down_proj.register_forward_pre_hook(lambda layer, given: seen.append(not made[-1].expired()))
+    context = Context(None, torch.tensor(BOUNDS, dtype=torch.int32), 13)
+    block(torch.randn(TOKENS, 32, requires_grad=True), None, context, None, choice)
+    assert seen == [there]
 
 
 def test_head_norms_without_rotation() -> None:

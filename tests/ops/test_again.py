@@ -85,12 +85,35 @@ def test_written_over_gradient_and_input_only_if_told(name: str, backend: str, i
     assert (made[0] is dy or made[0].data_ptr() == dy.data_ptr()) == in_place
     assert torch.equal(dy, y if in_place else given)
     assert torch.equal(x, expected if in_place else leaf)
-    again = (
-        pytest.raises(RuntimeError, match="modified by an inplace operation") if in_place else nullcontext()
-    )
+    again = pytest.raises(RuntimeError, match="a second backward pass") if in_place else nullcontext()
     with backends.use_backend(backend), again:
         y.backward(given)
     assert in_place or torch.equal(leaf.grad, 2 * expected)
+
+
+@pytest.mark.parametrize("name", ["swiglu", "gelu"])
+def test_what_is_overwritten_is_refused_to_all(name: str) -> None:
+    """A second pass where hooks hide it from autograd's check; who saved the input too; the gradient has no graph."""
+    leaf = random(5, 6).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach(), lambda x: x):
+        x = leaf * 2
+        y = getattr(mk, name)(x, again=lambda made: None, in_place=True)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)
+    assert not dx.requires_grad
+    with pytest.raises(RuntimeError, match="a second backward pass through an activation with in_place=True"):
+        torch.autograd.grad(y, x, torch.ones_like(y))
+    x = leaf * 2
+    square, y = x.square(), getattr(mk, name)(x, again=lambda made: None, in_place=True)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert not dx.requires_grad
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["swiglu", "geglu", "gelu", "relu_squared"])
+def test_in_place_needs_somebody_to_take_the_output(name: str) -> None:
+    with pytest.raises(ValueError, match=r"in_place=True goes with again="):
+        getattr(mk, name)(random(2, 4), in_place=True)
 
 
 def test_only_packed() -> None:

@@ -262,3 +262,20 @@ def test_known_totals() -> None:
     # ZeRO-3 has no main gradients to add to: that of a head of 128,256 rows waits in fp32.
     divided = worst_rank(dataclasses.replace(job, parallel=ParallelConfig(zero=3)))
     assert divided.activations - memory.activations == 128256 * 4096 * 4
+
+
+def test_workspace_of_what_is_made_again() -> None:
+    """By hand, from f = 512 and H = 32: a handover lets the MLP's backward pass write over what it reads."""
+    tokens, wide, stream = 1024, 1024 * 512 * 2, 1024 * 32 * 2
+    model = dataclasses.replace(MODELS["llama"], ffn_hidden_size=512)
+
+    def workspace(kind: str, gpu: bool) -> int:
+        parallel = ParallelConfig()
+        job = Job(model=model, parallel=parallel, world_size=1, tokens=tokens, recompute=KINDS[kind], gpu=gpu)
+        return worst_rank(job).workspace
+
+    for gpu in (False, True):
+        mlp, none = workspace("mlp", gpu), workspace("none", gpu)
+        assert workspace("auto", gpu) == none - (0 if gpu else 2 * wide)  # gate and up
+        # The norm's output and statistic; on GPUs gate, up and the activation's output beside their gradients too.
+        assert mlp - none == stream + tokens * 4 + (3 * wide if gpu else 0)

@@ -34,19 +34,20 @@ def swiglu(
         gate: [..., F]; or, without `up`, both in one tensor [..., 2F], gate first.
         up: like gate.
         bias: [2F], added to (gate, up) first.
-        again: called in the backward pass with the output, which that makes again (the same bits) for a fifth more
-            bytes: who needs it for a gradient, as the weights' of the layer after this, need not keep it. Only
-            without `up`.
-        in_place: on CPUs the output is then made again where its gradient stands, and the gradient of what was
-            given is written over that: less memory, and no line that is not there already. Only where nobody else
-            has either, as between two products; an addition hands one gradient to both its operands. A second
-            backward pass through the graph is refused.
+        again: called in the backward pass with the output, which that makes again (the same bits): who needs it for
+            a gradient, as the weights' of the layer after this, need not keep it. Only without `up`.
+        in_place: with `again`, on CPUs: the output is made again where its gradient stands, and the gradient of what
+            was given is written over that, all in one pass of a fifth more bytes. Only where nobody else has either,
+            as between two products; an addition hands one gradient to both its operands. The graph takes one
+            backward pass.
 
     Returns:
         [..., F] like gate, contiguous.
 
     Raises:
-        ValueError: shapes, dtypes or devices don't fit together, or both `up` and `again` are given.
+        ValueError: shapes, dtypes or devices don't fit together, both `up` and `again` are given, or `in_place`
+            without `again`.
+        RuntimeError: in the second of two backward passes with `in_place`.
 
     Saved: gate and up.
     Source: Shazeer, "GLU Variants Improve Transformer", 2020.
@@ -106,6 +107,7 @@ def _gelu_kind(approximate: str) -> str:
 
 def _plain(x: Tensor, bias: Tensor | None, kind: str, again: Again | None, in_place: bool) -> Tensor:
     checks.require_float(x=x)
+    _require_again(again, in_place)
     if bias is not None:
         checks.require_shape(bias, (x.shape[-1],), "bias", f"x with {x.shape[-1]} features")
         checks.require_same_kind(bias, x, "bias", "x")
@@ -117,6 +119,7 @@ def _gated(
     gate: Tensor, up: Tensor | None, bias: Tensor | None, kind: str, again: Again | None, in_place: bool
 ) -> Tensor:
     checks.require_float(gate=gate)
+    _require_again(again, in_place)
     features = gate.shape[-1] * 2 if up is not None else gate.shape[-1]
     if bias is not None:
         checks.require_shape(bias, (features,), "bias", f"gate and up with {features} features together")
@@ -134,6 +137,11 @@ def _gated(
         raise ValueError(f"gate has {features} features: a packed [gate, up] tensor needs an even number")
     packed = gate if bias is None else gate + bias
     return _GatedPacked.apply(packed, kind, again, in_place)
+
+
+def _require_again(again: Again | None, in_place: bool) -> None:
+    if in_place and again is None:
+        raise ValueError("in_place=True goes with again=, which takes the output that is made again")
 
 
 def packed_forward(packed: Tensor, kind: str) -> Tensor:
@@ -214,24 +222,40 @@ for _op, _again in (
     register_lazy(_op, "cpu", _target, requires=NATIVE, supports=native_supports)
 
 
+def _refuse_second_pass(ctx: Any) -> None:
+    # Autograd's own check of versions does not see tensors that a hook on saved tensors keeps.
+    if ctx.spent:
+        raise RuntimeError(
+            "a second backward pass through an activation with in_place=True, whose input the first has overwritten: "
+            "run the forward pass again, or leave in_place out"
+        )
+
+
+def _mark_written(ctx: Any, *tensors: Tensor) -> None:
+    """Autograd then refuses the tensors to whoever saved them too."""
+    ctx.spent = True
+    increment_version(tensors)
+
+
 class _Activation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kind: str, again: Again | None, in_place: bool) -> Tensor:
         x = x.contiguous()
         ctx.save_for_backward(x)
-        ctx.kind, ctx.again, ctx.in_place = kind, again, in_place
+        ctx.kind, ctx.again, ctx.in_place, ctx.spent = kind, again, in_place, False
         return _activation_forward(x, kind)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        _refuse_second_pass(ctx)
         (x,) = ctx.saved_tensors
         dy = dy.contiguous()
         if ctx.again is None:
             return _activation_backward(dy, x, ctx.kind), None, None, None
-        if x.device.type == "cpu":
-            y, dx = (dy, x) if ctx.in_place else (dy.clone(), x.clone())
+        if ctx.in_place and x.device.type == "cpu":
+            y, dx = dy, x.detach()
             _backward_again_(y, dx, ctx.kind)
-            increment_version((y, dx))
+            _mark_written(ctx, y, dx)
         else:
             dx, y = _activation_backward(dy, x, ctx.kind), _activation_forward(x, ctx.kind)
         ctx.again(y)
@@ -243,19 +267,20 @@ class _GatedPacked(torch.autograd.Function):
     def forward(ctx: Any, packed: Tensor, kind: str, again: Again | None, in_place: bool) -> Tensor:
         packed = packed.contiguous()
         ctx.save_for_backward(packed)
-        ctx.kind, ctx.again, ctx.in_place = kind, again, in_place
+        ctx.kind, ctx.again, ctx.in_place, ctx.spent = kind, again, in_place, False
         return _packed_forward(packed, kind)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        _refuse_second_pass(ctx)
         (packed,) = ctx.saved_tensors
         dy = dy.contiguous()
         if ctx.again is None:
             return _packed_backward(dy, packed, ctx.kind), None, None, None
-        if packed.device.type == "cpu":
-            y, dpacked = (dy, packed) if ctx.in_place else (dy.clone(), packed.clone())
+        if ctx.in_place and packed.device.type == "cpu":
+            y, dpacked = dy, packed.detach()
             _packed_backward_again_(y, dpacked, ctx.kind)
-            increment_version((y, dpacked))
+            _mark_written(ctx, y, dpacked)
         else:
             dpacked, y = _packed_backward(dy, packed, ctx.kind), _packed_forward(packed, ctx.kind)
         ctx.again(y)
