@@ -93,7 +93,7 @@ def twice(layer: ColumnParallelLinear | RowParallelLinear, given: Handover | Non
 
 
 def test_two_backward_passes_through_one_graph() -> None:
-    """Bit for bit what the kept input gives twice: as a product may round onto what is there."""
+    """Bit for bit what the kept input gives; not twice the first sum: a product may round onto it."""
     layer, other = product("row"), product("row")
     given = layer.handover()
     assert given is not None

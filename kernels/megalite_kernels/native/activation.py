@@ -22,10 +22,7 @@ def forward(x: Tensor, kind: str) -> Tensor:
 
 def backward(dy: Tensor, x: Tensor, kind: str) -> Tensor:
     """Backend "cpu" of `activation_bwd`."""
-    dy, x = dy.contiguous(), x.contiguous()
-    dx = torch.empty_like(x)
-    _backward(dy, x, dx, None, kind)
-    return dx
+    return _apart(_backward, dy, x, kind)
 
 
 def backward_again_(dy: Tensor, x: Tensor, kind: str) -> None:
@@ -69,15 +66,20 @@ def packed_forward(packed: Tensor, kind: str) -> Tensor:
 
 def packed_backward(dy: Tensor, packed: Tensor, kind: str) -> Tensor:
     """Backend "cpu" of `glu_bwd`."""
-    dy, packed = dy.contiguous(), packed.contiguous()
-    dpacked = torch.empty_like(packed)
-    _packed_backward(dy, packed, dpacked, None, kind)
-    return dpacked
+    return _apart(_packed_backward, dy, packed, kind)
 
 
 def packed_backward_again_(dy: Tensor, packed: Tensor, kind: str) -> None:
     """Backend "cpu" of `glu_bwd_again_`."""
     _in_place(_packed_backward, dy, packed, kind)
+
+
+def _apart(backward: Callable[..., None], dy: Tensor, x: Tensor, kind: str) -> Tensor:
+    """The gradient of x in a tensor of its own, and nothing else."""
+    dy, x = dy.contiguous(), x.contiguous()
+    dx = torch.empty_like(x)
+    backward(dy, x, dx, None, kind)
+    return dx
 
 
 def _in_place(backward: Callable[..., None], dy: Tensor, x: Tensor, kind: str) -> None:

@@ -222,69 +222,59 @@ for _op, _again in (
     register_lazy(_op, "cpu", _target, requires=NATIVE, supports=native_supports)
 
 
-def _refuse_second_pass(ctx: Any) -> None:
+def _save(ctx: Any, x: Tensor, kind: str, again: Again | None, in_place: bool) -> Tensor:
+    x = x.contiguous()
+    ctx.save_for_backward(x)
+    ctx.kind, ctx.again, ctx.in_place, ctx.spent = kind, again, in_place, False
+    return x
+
+
+def _gradient(
+    ctx: Any,
+    dy: Tensor,
+    forward: Callable[..., Tensor],
+    backward: Callable[..., Tensor],
+    backward_again_: Callable[..., None],
+) -> tuple[Tensor, None, None, None]:
     # Autograd's own check of versions does not see tensors that a hook on saved tensors keeps.
     if ctx.spent:
         raise RuntimeError(
             "a second backward pass through an activation with in_place=True, whose input the first has overwritten: "
             "run the forward pass again, or leave in_place out"
         )
-
-
-def _mark_written(ctx: Any, *tensors: Tensor) -> None:
-    """Autograd then refuses the tensors to whoever saved them too."""
-    ctx.spent = True
-    increment_version(tensors)
+    (x,) = ctx.saved_tensors
+    dy = dy.contiguous()
+    if ctx.again is None:
+        return backward(dy, x, ctx.kind), None, None, None
+    if ctx.in_place and x.device.type == "cpu":
+        y, dx = dy, x.detach()
+        backward_again_(y, dx, ctx.kind)
+        ctx.spent = True
+        increment_version((y, dx))  # autograd refuses them to whoever else saved them
+    else:
+        dx, y = backward(dy, x, ctx.kind), forward(x, ctx.kind)
+    ctx.again(y)
+    return dx, None, None, None
 
 
 class _Activation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kind: str, again: Again | None, in_place: bool) -> Tensor:
-        x = x.contiguous()
-        ctx.save_for_backward(x)
-        ctx.kind, ctx.again, ctx.in_place, ctx.spent = kind, again, in_place, False
-        return _activation_forward(x, kind)
+        return _activation_forward(_save(ctx, x, kind, again, in_place), kind)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        _refuse_second_pass(ctx)
-        (x,) = ctx.saved_tensors
-        dy = dy.contiguous()
-        if ctx.again is None:
-            return _activation_backward(dy, x, ctx.kind), None, None, None
-        if ctx.in_place and x.device.type == "cpu":
-            y, dx = dy, x.detach()
-            _backward_again_(y, dx, ctx.kind)
-            _mark_written(ctx, y, dx)
-        else:
-            dx, y = _activation_backward(dy, x, ctx.kind), _activation_forward(x, ctx.kind)
-        ctx.again(y)
-        return dx, None, None, None
+        return _gradient(ctx, dy, _activation_forward, _activation_backward, _backward_again_)
 
 
 class _GatedPacked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, packed: Tensor, kind: str, again: Again | None, in_place: bool) -> Tensor:
-        packed = packed.contiguous()
-        ctx.save_for_backward(packed)
-        ctx.kind, ctx.again, ctx.in_place, ctx.spent = kind, again, in_place, False
-        return _packed_forward(packed, kind)
+        return _packed_forward(_save(ctx, packed, kind, again, in_place), kind)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        _refuse_second_pass(ctx)
-        (packed,) = ctx.saved_tensors
-        dy = dy.contiguous()
-        if ctx.again is None:
-            return _packed_backward(dy, packed, ctx.kind), None, None, None
-        if ctx.in_place and packed.device.type == "cpu":
-            y, dpacked = dy, packed.detach()
-            _packed_backward_again_(y, dpacked, ctx.kind)
-            _mark_written(ctx, y, dpacked)
-        else:
-            dpacked, y = _packed_backward(dy, packed, ctx.kind), _packed_forward(packed, ctx.kind)
-        ctx.again(y)
-        return dpacked, None, None, None
+        return _gradient(ctx, dy, _packed_forward, _packed_backward, _packed_backward_again_)
 
 
 class _GatedPair(torch.autograd.Function):
