@@ -39,7 +39,8 @@ from megalite.optim.adamw import AdamW
 from megalite.parallel.collectives import barrier, gather_objects
 from megalite.parallel.mesh import Mesh, close_mesh, make_mesh
 from megalite.parallel.random import initialize
-from megalite.train.memory_estimate import Job, estimate_memory
+from megalite.train.memory_activations import Job
+from megalite.train.memory_estimate import estimate_memory
 from megalite.train.process import environment
 from megalite.train.replica import build_replica
 from megalite.train.run import commit

@@ -71,6 +71,22 @@ class Bucket:
     remainder: Tensor | None
     """[owned] int16 that complete the owned bf16 weights to their masters."""
 
+    def lend_gradients(self) -> None:
+        """Give up the memory of main gradients, values included; they cannot be read until they are taken back."""
+        self.main_grad.untyped_storage().resize_(0)
+
+    def take_gradients(self) -> None:
+        """Have memory for main gradients again if it was lent: any values, and zeros between the parameters."""
+        storage = self.main_grad.untyped_storage()
+        if storage.size():
+            return
+        storage.resize_(self.main_grad.numel() * self.main_grad.itemsize)
+        ends = [0, *(slot.stop for slot in self.slots)]
+        starts = [*(slot.start for slot in self.slots), self.main_grad.numel()]
+        for end, start in zip(ends, starts, strict=True):
+            if end < start:
+                self.main_grad[end:start].zero_()
+
     def shard(self) -> OptimizerShard:
         """What one optimizer call updates."""
         own = self.own
@@ -102,7 +118,8 @@ class FlatGroup:
 
     decay: bool
     weights: Tensor
-    main_grad: Tensor
+    main_grad: Tensor | None
+    """None where each bucket has memory of its own to lend."""
     moments: Tensor
     """[2, owned]"""
     master: Tensor | None
@@ -110,11 +127,15 @@ class FlatGroup:
     remainder: Tensor | None
     buckets: tuple[Bucket, ...]
 
-    def shard(self) -> OptimizerShard:
-        """All buckets as one shard, where this process owns all of every bucket: one launch updates it."""
+    def shards(self) -> list[OptimizerShard]:
+        """All buckets as one shard, where this process owns all of every bucket: one launch updates it. Else each."""
+        if self.main_grad is None or self.main_grad.numel() != self.moments.shape[1]:
+            return [bucket.shard() for bucket in self.buckets]
         master = self.weights if self.master is None and self.remainder is None else self.master
         first, second = self.moments
-        return OptimizerShard(self.weights, master, self.main_grad, first, second, self.decay, self.remainder)
+        return [
+            OptimizerShard(self.weights, master, self.main_grad, first, second, self.decay, self.remainder)
+        ]
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -155,7 +176,13 @@ def _tied(slots: list[Slot]) -> bool:
 
 
 def make_group(
-    planned: list[list[Slot]], dtype: torch.dtype, shard: Axis, data_size: int, *, remainders: bool
+    planned: list[list[Slot]],
+    dtype: torch.dtype,
+    shard: Axis,
+    data_size: int,
+    *,
+    remainders: bool,
+    lends: bool,
 ) -> FlatGroup:
     """Allocate a group's buffers, move the parameters' values into them, and make the parameters views of them.
 
@@ -167,6 +194,7 @@ def make_group(
         shard: ranks that divide the optimizer's state.
         data_size: ranks over which gradients are summed; decides the padding.
         remainders: bf16 weights and 16 bits more are the masters.
+        lends: main gradients of each bucket lie in memory of their own.
     """
     first = planned[0][0]
     unit, wide = math.lcm(data_size, PADDING), wide_dtype(dtype)
@@ -186,17 +214,20 @@ def make_group(
     for slots, part, own, *kept in zip(planned, parts, owns, masters, rests, strict=True):
         for slot in slots:
             _move(slot, part, own, *kept)
-    main_grad = zeros_in_huge_pages(sum(sizes), wide, device)
+    main_grad = None if lends else zeros_in_huge_pages(sum(sizes), wide, device)
+    if main_grad is None:
+        main_grads = [torch.zeros(size, dtype=wide, device=device) for size in sizes]
+    else:
+        main_grads = list(main_grad.split(sizes))
     moments = zeros_in_huge_pages(2 * sum(counts), wide, device).view(2, sum(counts))
     if master is None and remainder is None:
         masters = [part[own] for part, own in zip(parts, owns, strict=True)]
     buckets = [
         Bucket(decay, _tied(slots), tuple(slots), *rest)
         for slots, *rest in zip(
-            planned, owns, parts, main_grad.split(sizes), masters, *(x.split(counts) for x in moments), rests,
-            strict=True,
+            planned, owns, parts, main_grads, masters, *(x.split(counts) for x in moments), rests, strict=True
         )
-    ]  # fmt: skip
+    ]
     return FlatGroup(decay, weights, main_grad, moments, master, remainder, tuple(buckets))
 
 

@@ -55,7 +55,10 @@ class ModelState(Protocol):
     """Weights, gradients and optimizer state of this process."""
 
     def start_step(self, num_microbatches: int) -> None:
-        """Clear the gradients and expect as many micro-batches; reductions start as gradients become complete."""
+        """Expect as many micro-batches; reductions start as gradients become complete.
+
+        The last step's gradients are gone: until `finish_gradients` nobody may read them, for they may have no memory.
+        """
         ...
 
     def finish_gradients(self) -> None:

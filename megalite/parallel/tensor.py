@@ -253,7 +253,7 @@ class _SinkEmbedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[None, None, None]:
         (ids,) = ctx.saved_tensors
-        accumulate_embedding_gradient(dy, ids, ctx.sink.rows(ids))
+        accumulate_embedding_gradient(dy, ids, ctx.sink.cleared())
         ctx.sink.added()
         return None, None, None
 

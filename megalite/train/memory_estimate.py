@@ -4,7 +4,9 @@ With P parameters on a rank, e bytes per number of the compute type, w = 4 (8 in
 the optimizer's state (dp_shard · cp; 1 with zero=0):
 
     weights         e · P                   zero=3: w · P / n, which is the master too
-    gradients       w · P                   zero=3: w · P / n
+    gradients       w · P                   zero=3: w · P / n; on one CPU with one micro-batch in a step what the
+                    peak has on top of activations and workspace, since those stand in gradients' memory before
+                    (`megalite.parallel.data`): at the loss V · H · w, at the end of the backward pass all
     optimizer       2 w · P / n moments, and where the compute type is narrower w · P / n masters, or 2 · P / n bytes
                     of remainders (`OptimizerConfig.store_param_remainders`)
     quantized       FP8, several micro-batches, not zero=3: rows and columns of every matrix of a layer, 2 bytes a
@@ -43,70 +45,25 @@ Source: Korthikanti et al., arXiv 2205.05198 (activations); Rajbhandari et al., 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 
-from megalite.config import ModelConfig, ParallelConfig, RecomputeConfig
-from megalite.config_parallel import ZERO_BUBBLE
-from megalite.layers.recompute import KEEP, Recompute
-from megalite.layers.recompute_plan import Share, kept_bytes, layer_bytes, recompute_plan
-from megalite.parallel.action_table import Op, Step, Table, schedule_table
-from megalite.parallel.stages import StagePlan, plan_stages
+from megalite.config import ModelConfig
+from megalite.layers.recompute import Recompute
+from megalite.layers.recompute_plan import kept_bytes, layer_bytes
+from megalite.train.memory_activations import (
+    Job,
+    activation_peaks,
+    cheap_choice,
+    loss_bytes,
+    recompute_choices,
+    stage_bytes,
+    vocabulary_rows,
+)
 from megalite_kernels.reference.linear_cross_entropy import CPU_LIMITS, ROW_ALIGNMENT, chunk_rows, cuda_limits
 
 GPU_BALANCE = 295
 """Of an H100; decides the chunk of logits."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """What is to be trained, and how."""
-
-    model: ModelConfig
-    parallel: ParallelConfig
-    world_size: int
-    tokens: int
-    """Of one micro-batch of a data-parallel rank, before context parallelism divides them."""
-    num_microbatches: int = 1
-    itemsize: int = 2
-    """Bytes of a number of the compute type."""
-    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
-    seq_length: int = 0
-    """Tokens of a sample, which the balance of pipeline stages depends on; 0: one micro-batch is one sample."""
-    fp8_copies: bool = False
-    """Matrices of layers keep FP8 copies through a step of several micro-batches."""
-    remainders: bool = True
-    """bf16 weights are a part of their masters, where masters are not the weights."""
-    gpu: bool = True
-    """The chunk of logits is a GPU's, not a CPU's, and so is what costs next to nothing to make again."""
-    compiled: bool = False
-    """Blocks are compiled."""
-    fp8: bool = False
-    """Blocks multiply in FP8."""
-
-    @property
-    def share(self) -> Share:
-        """One rank's part of a micro-batch."""
-        return Share.of(self.parallel, self.tokens, self.itemsize)
-
-    @property
-    def stages(self) -> StagePlan:
-        """Where the layers are."""
-        return plan_stages(self.model, self.parallel, self.seq_length or self.tokens)
-
-    @property
-    def adds_in_place(self) -> bool:
-        """Products of gradients are added to main gradients: not where zero=3 divides them between passes."""
-        return self.parallel.zero != 3 or self.state_ranks == 1
-
-    @property
-    def state_ranks(self) -> int:
-        """n: ranks that divide the optimizer's state."""
-        if self.parallel.zero == 0:
-            return 1
-        dp = self.parallel.dp_size(self.world_size)
-        return (self.parallel.dp_shard or dp) * self.parallel.cp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,11 +129,15 @@ def _rank_memory(
     divided = parallel.zero == 3 and n > 1  # one rank has nothing to divide: flat buffers
     masters = 0 if divided or e == wide else 2 if job.remainders and e == 2 else wide
     in_layers = max(_stage_workspace(job, [choices[layer] for layer in plan.layers[stage]]) for stage in own)
+    gradients = -(-count // n) * wide if divided else count * wide
+    workspace = _workspace(job, sizes[0] if first else None, last, in_layers)
+    if job.lends_gradients:
+        gradients = _gradients_at_peak(job, gradients, list(choices.values())) - activations - workspace
     return RankMemory(
         pp_rank=rank,
         parameters=count,
         weights=-(-count // n) * wide if divided else count * e,
-        gradients=-(-count // n) * wide if divided else count * wide,
+        gradients=gradients,
         optimizer=(2 * wide + masters) * -(-count // n),
         quantized=layers * layer_copies(job.model, parallel.tp)
         if job.fp8_copies and job.num_microbatches > 1 and not divided
@@ -185,7 +146,7 @@ def _rank_memory(
         activations=activations,
         pipeline=_pipeline_buffers(job, len(own), first, last),
         communication=_bucket_buffers(job, count),
-        workspace=_workspace(job, sizes[0] if first else None, last, in_layers),
+        workspace=workspace,
     )
 
 
@@ -209,11 +170,6 @@ def layer_copies(model: ModelConfig, tp: int = 1) -> int:
     return sum(2 * rows * columns + 4 * (rows + columns) for rows, columns in shapes)
 
 
-def vocabulary_rows(model: ModelConfig, tp: int = 1) -> int:
-    """Rows of the embedding, or of the head, that a tensor-parallel rank holds."""
-    return -(-model.padded_vocab_size // tp)
-
-
 def outer_parameters(model: ModelConfig, tp: int = 1, *, embedding: bool = True, head: bool = True) -> int:
     """Elements of what no layer holds: embeddings on the first stage, final norm and head on the last."""
     hidden, matrix = model.hidden_size, vocabulary_rows(model, tp) * model.hidden_size
@@ -225,115 +181,6 @@ def outer_parameters(model: ModelConfig, tp: int = 1, *, embedding: bool = True,
         if not (model.tie_word_embeddings and embedding):
             count += matrix
     return count
-
-
-def activation_peaks(job: Job) -> tuple[int, ...]:
-    """Bytes of activations that each pipeline rank keeps at the schedule's peak."""
-    rows, sizes = _rows(job), stage_bytes(job)
-    return tuple(_peak(row, sizes, _waiting(job, sizes)) for row in rows)
-
-
-def _rows(job: Job) -> Table:
-    """What each pipeline rank computes in a step."""
-    parallel = job.parallel
-    if parallel.pp == 1:
-        return (((Op(0, "F", 0),), (Op(0, "B", 0),)),)
-    return schedule_table(parallel.pp_schedule, parallel.pp, parallel.stages_per_rank, job.num_microbatches)
-
-
-def _waiting(job: Job, whole: Sequence[int]) -> Sequence[int]:
-    """What each stage keeps of one micro-batch between its I and its W pass."""
-    if job.parallel.pp == 1 or job.parallel.pp_schedule not in ZERO_BUBBLE:
-        return whole
-    return [weight_factors(job, len(layers)) for layers in job.stages.layers]
-
-
-def _peak(row: Iterable[Step], whole: Sequence[int], waiting: Sequence[int]) -> int:
-    """Most bytes that a rank keeps; its own order alone decides that, not when it waits for others."""
-    kept = most = 0
-    for step in row:
-        for op in step:
-            all_of_it, rest = whole[op.stage], waiting[op.stage]
-            kept += {"F": all_of_it, "I": rest - all_of_it, "W": -rest, "B": -all_of_it}[op.kind]
-            most = max(most, kept)
-    return most
-
-
-def stage_bytes(job: Job) -> list[int]:
-    """What each stage keeps of one micro-batch, from its forward to its backward pass."""
-    choices = recompute_choices(job)
-    return [_stage_bytes(job, job.stages, stage, choices) for stage in range(job.parallel.num_stages)]
-
-
-def _stage_bytes(job: Job, plan: StagePlan, stage: int, choices: Mapping[int, Recompute]) -> int:
-    share, model, tokens = job.share, job.model, job.share.tokens
-    stream = share.stream_tokens * model.hidden_size * share.itemsize
-    size = sum(kept_bytes(model, share, choices[layer]) for layer in plan.layers[stage])
-    if model.position == "rope":
-        size += tokens * model.size_per_head * share.wide
-    if not stage and share.tp > 1:
-        size += 9 * tokens
-    return size + (loss_bytes(job) if stage == plan.num_stages - 1 else stream)
-
-
-def loss_bytes(job: Job) -> int:
-    """What final norm and loss keep of one micro-batch."""
-    model, share = job.model, job.share
-    statistics = (1 if model.norm == "rms" else 2) * share.wide
-    stream = share.stream_tokens * model.hidden_size * share.itemsize
-    kept = stream + share.stream_tokens * statistics
-    if share.tp > 1:
-        return kept + stream + share.tokens * share.wide
-    gradient = 0 if job.adds_in_place else vocabulary_rows(model) * model.hidden_size * share.wide
-    return kept + share.tokens * model.hidden_size * share.itemsize + gradient
-
-
-def weight_factors(job: Job, layers: int) -> int:
-    """What waits for the W pass of one micro-batch: inputs and gradients of every product's output."""
-    share, model = job.share, job.model
-    kept = layer_bytes(model, share)
-    whole = share.tokens * model.hidden_size * share.itemsize  # gathered, with sequence parallelism
-    out = share.tokens * (model.num_attention_heads // share.tp) * model.size_per_head * share.itemsize
-    projected = layer_bytes(model, Share(share.tokens, share.itemsize, share.tp)).projected
-    return layers * (4 * whole + out + projected + kept.inner + kept.active)
-
-
-def recompute_choices(job: Job) -> dict[int, Recompute]:
-    """Layer → what it makes again, for all layers of the model.
-
-    A budget is each pipeline rank's own, for all that it keeps when it keeps most.
-
-    Raises:
-        UserError: a budget that cannot be met.
-    """
-    plan, share = job.stages, job.share
-    rows = _rows(job) if job.recompute.kind == "budget" else ()
-    choices: dict[int, Recompute] = {}
-    for rank in range(job.parallel.pp):
-        own = plan.stages_of(rank)
-        layers = [layer for stage in own for layer in plan.layers[stage]]
-
-        def kept(chosen: Sequence[Recompute], own: Any = own, layers: Any = layers, rank: int = rank) -> int:
-            trial = dict(zip(layers, chosen, strict=True))
-            sizes = [0] * plan.num_stages
-            for stage in own:
-                sizes[stage] = _stage_bytes(job, plan, stage, trial)
-            return _peak(rows[rank], sizes, _waiting(job, sizes))
-
-        chosen = recompute_plan(job.model, job.recompute, share, len(layers), kept, cheap_choice(job))
-        choices.update(zip(layers, chosen, strict=True))
-    return choices
-
-
-def cheap_choice(job: Job) -> Recompute:
-    """What costs next to nothing to make again.
-
-    On CPUs, whose passes over memory are a tenth of a step, only where the backward pass that reads a tensor's sources
-    anyway writes it again (`megalite.parallel.handover`): no longer steps seen; passes of their own took 5 %.
-    """
-    if job.gpu or job.compiled or job.fp8 or not job.adds_in_place:
-        return KEEP
-    return Recompute(norm=job.parallel.tp == 1, activation=True)
 
 
 def _pipeline_buffers(job: Job, stages: int, first: bool, last: bool) -> int:
@@ -383,6 +230,23 @@ def _layer_workspace(job: Job, again: Recompute) -> int:
     gradients = kept.active + 2 * share.tokens * model.hidden_size * share.itemsize
     made = sum(kept) - kept_bytes(model, share, again) if more else again.activation * kept.active
     return gradients + made + (-kept.active if in_place else kept.inner)
+
+
+def _gradients_at_peak(job: Job, gradients: int, choices: Sequence[Recompute]) -> int:
+    """Most bytes of gradients that are there, activations and workspace together, where gradients lend their memory.
+
+    The largest bucket's, here the head's, is there all the time; then each layer's while what it kept is given back.
+    """
+    wide, hidden = job.share.wide, job.model.hidden_size
+    head = vocabulary_rows(job.model, job.share.tp) * hidden * wide
+    kept = stage_bytes(job)[0]
+    most, there = kept + _loss_workspace(job, 0) + head, head
+    kept -= loss_bytes(job)
+    for choice in reversed(choices):
+        there += layer_parameters(job.model, job.share.tp) * wide
+        most = max(most, kept + _layer_workspace(job, choice) + there)
+        kept -= kept_bytes(job.model, job.share, choice)
+    return max(most, kept + job.share.tokens * hidden * job.itemsize + gradients)
 
 
 def _loss_workspace(job: Job, gradient: int) -> int:

@@ -22,14 +22,8 @@ from megalite.parallel.mesh import Axis, Mesh
 from megalite.parallel.simulate import StageBytes, StageTimes, Timeline, simulate
 from megalite.parallel.stages import StageCosts, StagePlan, plan_stages, stage_costs
 from megalite.train.communication import StepBytes, StepShape, step_bytes
-from megalite.train.memory_estimate import (
-    Job,
-    RankMemory,
-    estimate_memory,
-    layer_parameters,
-    outer_parameters,
-    recompute_choices,
-)
+from megalite.train.memory_activations import Job, recompute_choices
+from megalite.train.memory_estimate import RankMemory, estimate_memory, layer_parameters, outer_parameters
 from megalite.train.setup import settle_model, validate_layout
 
 

@@ -35,7 +35,7 @@ from megalite.parallel.pipeline import MicroBatchInput, Pipeline
 from megalite.parallel.stages import StagePlan, plan_stages
 from megalite.parallel.state import ModelState
 from megalite.parallel.tensor import TensorSplit
-from megalite.train.memory_estimate import Job, recompute_choices
+from megalite.train.memory_activations import Job, recompute_choices
 from megalite_kernels.ops.fp8_linear import Scaling
 
 

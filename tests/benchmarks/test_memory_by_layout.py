@@ -11,7 +11,8 @@ import pytest
 
 from benchmarks.memory_by_layout import LAYOUTS, benchmark_model, status_bytes
 from megalite.config import ParallelConfig
-from megalite.train.memory_estimate import Job, worst_rank
+from megalite.train.memory_activations import Job
+from megalite.train.memory_estimate import worst_rank
 from tests.helpers.source import ROOT
 
 

@@ -15,7 +15,8 @@ from megalite.models.transformer import Transformer
 from megalite.parallel.mesh import Axis
 from megalite.parallel.stages import plan_stages
 from megalite.parallel.tensor import TensorSplit
-from megalite.train.memory_estimate import Job, estimate_memory
+from megalite.train.memory_activations import Job
+from megalite.train.memory_estimate import estimate_memory
 from tests.helpers.runs import ROOT
 
 GPUS = {

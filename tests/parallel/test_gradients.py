@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -181,6 +180,20 @@ def test_a_queue_frees_the_factors_of_each_product_as_it_goes() -> None:
     assert order == [0, 1, 2, "later"]
 
 
+@pytest.fixture
+def dirty_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Storages that grow are full of NaN, as memory that somebody else had before may be."""
+    plain = torch.UntypedStorage.resize_
+
+    def grow(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+        plain(storage, size)
+        torch.tensor([], dtype=torch.uint8).set_(storage).fill_(255)  # type: ignore[call-overload]
+        return storage
+
+    monkeypatch.setattr(torch.UntypedStorage, "resize_", grow)
+
+
+@pytest.mark.usefixtures("dirty_memory")
 @pytest.mark.parametrize("fused_head", [False, True])
 @pytest.mark.parametrize("name", ["llama", "qwen3-tied", "gpt2"])
 def test_the_first_gradient_of_a_step_overwrites_what_is_there(name: str, fused_head: bool) -> None:
@@ -214,7 +227,84 @@ def test_a_parameter_without_a_gradient_has_zeros() -> None:
     assert not any(box.tensor.any() for box in state.boxes("main_grad"))
 
 
-STEPS = ([3, 5, 3], [340], [], [7, 5], list(range(200)), [9])
+def with_memory(state: FlatBuffers) -> set[str]:
+    """Names of the parameters whose main gradients have memory now."""
+    return {
+        slot.name
+        for bucket in state.buckets
+        for slot in bucket.slots
+        if bucket.main_grad.untyped_storage().size()
+    }
+
+
+@pytest.mark.usefixtures("dirty_memory")
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_gradients_lend_their_memory_until_they_come(name: str) -> None:
+    """From the start of a step on, all but the largest; layer by layer they take it back in the backward pass."""
+    model = build(MODELS[name], UNSPLIT, torch.float32)
+    state = FlatBuffers(model, Mesh(device=CPU), torch.float32, ParallelConfig(bucket_size=1))
+    names = {name for name, _ in model.named_parameters()}
+    vocabulary = {name for name in names if "head" in name or "embedding" in name}
+    assert with_memory(state) == names
+    found: dict[int, set[str]] = {}
+
+    def watch(number: int, output: tuple[Tensor, Tensor]) -> None:
+        output[0].register_hook(lambda _: found.update({number: with_memory(state)}))
+
+    for number, layer in enumerate(model.layers.values()):
+        layer.register_forward_hook(lambda _layer, _inputs, output, number=number: watch(number, output))
+    for _ in range(2):
+        state.start_step(1)
+        assert len(with_memory(state)) == 1
+        assert with_memory(state) <= vocabulary
+        loss = loss_of(model, packed_batch(), None, torch.ones(()))
+        assert with_memory(state) <= vocabulary, "the head's at most"
+        loss.backward()
+        for number, there in found.items():
+            after = {name for name in names for i in found if i > number and name.startswith(f"layers.{i}.")}
+            before = {
+                name for name in names for i in found if i <= number and name.startswith(f"layers.{i}.")
+            }
+            assert after <= there, number
+            assert not before & there, number
+        assert len(found) == len(model.layers) > 1
+        state.finish_gradients()
+        assert with_memory(state) == names
+
+
+@pytest.mark.usefixtures("dirty_memory")
+def test_zeros_stand_between_gradients_that_took_their_memory_back() -> None:
+    """The optimizer and the norm of a whole bucket read them."""
+    state = FlatBuffers(
+        build(MODELS["gpt2"], UNSPLIT, torch.float32), Mesh(device=CPU), torch.float32, ParallelConfig()
+    )
+    padding = 0
+    for _ in range(2):
+        state.start_step(0)
+        state.finish_gradients()
+        for bucket in state.buckets:
+            assert not bucket.main_grad.any()
+            padding += bucket.main_grad.numel() - sum(slot.parameter.numel() for slot in bucket.slots)
+    assert padding
+
+
+def test_gradients_that_ranks_sum_lend_nothing(rank_pool: Any) -> None:
+    """One buffer, one launch of the optimizer for each rule of weight decay."""
+    assert rank_pool(2).run(count_shards_of_two_ranks) == [(2, True)] * 2
+
+
+def count_shards_of_two_ranks() -> tuple[int, bool]:
+    """Shards, and whether gradients had memory after the start of a step."""
+    layout = ParallelConfig(zero=0)
+    state = FlatBuffers(
+        build(MODELS["llama"], UNSPLIT, torch.float32), mesh_of_group(layout, CPU), torch.float32, layout
+    )
+    before = with_memory(state)
+    state.start_step(1)
+    return len(state.optimizer_shards()), with_memory(state) == before
+
+
+STEPS = ([3, 5, 3], [], [7, 5], list(range(200)))
 """Ids of each step on the first rank."""
 
 
@@ -234,58 +324,16 @@ def embedding_job() -> list[tuple[list[int], float]]:
         for box in state.boxes("main_grad"):
             whole[box.index] = box.tensor
         answers.append((whole.abs().sum(1).nonzero().flatten().tolist(), float(whole.sum())))
-        if ids == [340]:
-            state.groups[0].main_grad[0] = 1.0  # nobody's business: the next step must not keep it
+        for box in state.boxes("main_grad"):
+            box.tensor.fill_(1.0)  # nobody's business: the next step must not keep it
     return answers
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_an_embedding_has_the_gradients_of_this_step_alone(world: int, rank_pool) -> None:
-    """Few ids, many, none; written to from outside; and with other ranks' ids, which nobody here knows."""
+    """Few ids, none, many; and with other ranks' ids, which nobody here knows."""
     answers = [embedding_job()] if world == 1 else rank_pool(world).run(embedding_job)
     for step, ids in enumerate(STEPS):
         rows = {i + 50 * rank for i in ids for rank in range(world)}
         assert {row for answer in answers for row in answer[step][0]} == rows, step
         assert sum(answer[step][1] for answer in answers) == 4 * len(ids) * world, step
-
-
-def noted(names: list[str], name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    """The method, which notes its name when it is called."""
-
-    def call(*args: Any) -> Any:
-        names.append(name)
-        return method(*args)
-
-    return call
-
-
-def test_rows_that_were_touched_are_cleared_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    main_grad = torch.zeros(400, 2)
-    sink = GradientSink(main_grad, lambda: None)
-
-    def step(ids: Tensor, *, kept: bool = True) -> list[str]:
-        sink.start(kept=kept)
-        names = []
-        for op in ("zero_", "index_fill_"):
-            monkeypatch.setattr(Tensor, op, noted(names, op, getattr(Tensor, op)))
-        sink.rows(ids).index_add_(0, ids, torch.ones(ids.numel(), 2))
-        sink.finish()
-        monkeypatch.undo()
-        assert set(main_grad[:, 0].nonzero().flatten().tolist()) == {*ids.tolist()}
-        return names
-
-    few = torch.tensor([1, 7, 1])
-    assert step(few) == ["zero_"]  # what was there is not known
-    assert step(few + 1) == ["index_fill_"]
-    assert step(few, kept=False) == ["zero_"]
-    assert step(torch.arange(101)) == ["index_fill_"]
-    assert step(few) == ["zero_"]  # more than a quarter
-    for write in (sink.cleared, sink.taken):
-        sink.start(kept=True)
-        write()
-        main_grad.fill_(3.0)
-        assert step(few) == ["zero_"]
-    ids = few.clone()
-    step(ids)
-    ids.fill_(0)  # the next micro-batch's ids may come in the same memory
-    assert step(few + 1) == ["index_fill_"]

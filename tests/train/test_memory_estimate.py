@@ -16,16 +16,18 @@ from megalite.models.transformer import Transformer
 from megalite.parallel.gradients import WeightQueue, get_sink
 from megalite.parallel.mesh import Axis
 from megalite.parallel.tensor import TensorSplit
-from megalite.train.memory_estimate import (
+from megalite.train.memory_activations import (
     Job,
-    RankMemory,
     activation_peaks,
-    estimate_memory,
-    layer_parameters,
-    outer_parameters,
     recompute_choices,
     stage_bytes,
     weight_factors,
+)
+from megalite.train.memory_estimate import (
+    RankMemory,
+    estimate_memory,
+    layer_parameters,
+    outer_parameters,
     worst_rank,
 )
 from tests.helpers.kept import Watch
@@ -279,3 +281,21 @@ def test_workspace_of_what_is_made_again() -> None:
         assert workspace("auto", gpu) == none - (0 if gpu else 2 * wide)  # gate and up
         # The norm's output and statistic; on GPUs gate, up and the activation's output beside their gradients too.
         assert mlp - none == stream + tokens * 4 + (3 * wide if gpu else 0)
+
+
+def test_gradients_that_lend_their_memory() -> None:
+    """By hand: the head's and the last layer's are there with all activations, at the backward pass's end all are."""
+    model = MODELS["llama"]
+
+    def estimate(tokens: int, **settings: Any) -> RankMemory:
+        values = {"num_microbatches": 1, "gpu": False, **settings}
+        return worst_rank(Job(model=model, parallel=ParallelConfig(), world_size=1, tokens=tokens, **values))
+
+    every = estimate(64, num_microbatches=2).gradients
+    assert every == 4 * estimate(64).parameters
+    for other in ({"gpu": True}, {"compiled": True}):
+        assert estimate(64, **other).gradients == every
+    last = 4 * (384 * 32 + layer_parameters(model))  # 301 padded rows of 32
+    assert estimate(1 << 16).gradients == last < every
+    few = estimate(1)  # a token's activations are less than the memory of a layer's gradients
+    assert few.gradients + few.activations + few.workspace == every + 32 * 2 + 4 * model.size_per_head

@@ -23,7 +23,8 @@ from megalite.parallel import buckets, pieces
 from megalite.parallel.data import FlatBuffers
 from megalite.parallel.mesh import Mesh, mesh_of_group
 from megalite.train.checkpoint import MANIFEST
-from megalite.train.memory_estimate import Job, estimate_memory
+from megalite.train.memory_activations import Job
+from megalite.train.memory_estimate import estimate_memory
 from megalite.train.run import run_pretraining
 from megalite.train.setup import build_session
 from megalite_kernels import adamw_
@@ -158,10 +159,11 @@ def test_bytes_of_a_parameter(
     trainer.loader.close()
     held = {}
     for group in trainer.state.groups:  # type: ignore[attr-defined]
-        for tensor in (group.weights, group.main_grad, group.moments, group.master, group.remainder):
+        tensors = [group.weights, group.moments, group.master, group.remainder]
+        for tensor in [*tensors, *(bucket.main_grad for bucket in group.buckets)]:
             if tensor is not None:
                 held[tensor.data_ptr()] = tensor.nbytes
-        assert group.shard().values.dtype == torch.float32
+        assert all(shard.values.dtype == torch.float32 for shard in group.shards())
     elements = sum(group.weights.numel() for group in trainer.state.groups)  # type: ignore[attr-defined]
     assert sum(held.values()) == expected * elements
     job = Job(
