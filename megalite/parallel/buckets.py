@@ -1,10 +1,11 @@
 """Flat buffers: where every parameter stands, and the buckets that are reduced, updated and gathered as one.
 
-Layout (Megatron's): for each weight-decay rule one buffer of weights and one of main gradients. Parameters stand in
-reverse registration order, because the backward pass finishes them in that order; each start is aligned to 64 elements
-(256 bytes of fp32). A bucket is a run of whole parameters, closed when it holds about as many elements as asked for;
-its end is padded to a multiple of lcm(data-parallel ranks, 128), so that it divides into equal aligned slices. Rank r
-of those that divide the optimizer state owns slice r of every bucket, cutting through parameters. Padding stays zero.
+Layout (Megatron's): for each weight-decay rule one buffer of weights and one of main gradients, or one for each bucket
+where gradients lend their memory (`megalite.parallel.data`). Parameters stand in reverse registration order, because
+the backward pass finishes them in that order; each start is aligned to 64 elements (256 bytes of fp32). A bucket is a
+run of whole parameters, closed when it holds about as many elements as asked for; its end is padded to a multiple of
+lcm(data-parallel ranks, 128), so that it divides into equal aligned slices. Rank r of those that divide the optimizer
+state owns slice r of every bucket, cutting through parameters. Padding stays zero.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class Bucket:
     weights: Tensor
     """[n] compute-type parameters; the model's parameters are views of it."""
     main_grad: Tensor
-    """[n] gradients summed over micro-batches; after the reduction the owned slice holds the sum over all ranks."""
+    """[n] gradients summed over micro-batches; after the reduction the owned slice holds the sum over all ranks. While
+    its memory is lent, whoever reads it ends the process."""
     master: Tensor | None
     """[owned] wide weights; a view of `weights` where the types agree; None with remainders."""
     exp_avg: Tensor
@@ -77,15 +79,17 @@ class Bucket:
 
     def take_gradients(self) -> None:
         """Have memory for main gradients again if it was lent: any values, and zeros between the parameters."""
-        storage = self.main_grad.untyped_storage()
-        if storage.size():
+        if self.has_gradients:
             return
-        storage.resize_(self.main_grad.numel() * self.main_grad.itemsize)
-        ends = [0, *(slot.stop for slot in self.slots)]
-        starts = [*(slot.start for slot in self.slots), self.main_grad.numel()]
-        for end, start in zip(ends, starts, strict=True):
-            if end < start:
-                self.main_grad[end:start].zero_()
+        self.main_grad.untyped_storage().resize_(self.main_grad.numel() * self.main_grad.itemsize)
+        starts = [*(slot.start for slot in self.slots[1:]), self.main_grad.numel()]
+        for slot, start in zip(self.slots, starts, strict=True):
+            self.main_grad[slot.stop : start].zero_()
+
+    @property
+    def has_gradients(self) -> bool:
+        """Main gradients have memory."""
+        return self.main_grad.untyped_storage().size() > 0
 
     def shard(self) -> OptimizerShard:
         """What one optimizer call updates."""
@@ -114,7 +118,7 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class FlatGroup:
-    """Parameters with one weight-decay rule: a flat buffer of weights, one of gradients, cut into buckets."""
+    """Parameters with one weight-decay rule: flat buffers of weights, gradients and state, cut into buckets."""
 
     decay: bool
     weights: Tensor
@@ -129,7 +133,8 @@ class FlatGroup:
 
     def shards(self) -> list[OptimizerShard]:
         """All buckets as one shard, where this process owns all of every bucket: one launch updates it. Else each."""
-        if self.main_grad is None or self.main_grad.numel() != self.moments.shape[1]:
+        divided = self.moments.shape[1] < self.weights.numel()
+        if divided or self.main_grad is None:
             return [bucket.shard() for bucket in self.buckets]
         master = self.weights if self.master is None and self.remainder is None else self.master
         first, second = self.moments
@@ -149,8 +154,8 @@ def plan_slots(model: nn.Module, decay: bool, bucket_size: int) -> list[list[Slo
     Args:
         model: declares pieces for all its parameters.
         decay: which group.
-        bucket_size: elements at which a bucket is closed. A tied matrix has a bucket of its own: two pipeline stages
-            hold it among other neighbours, and must cut it equally.
+        bucket_size: elements at which a bucket is closed; a parameter of as many stands alone. So does a tied matrix:
+            two pipeline stages hold it among other neighbours, and must cut it equally.
     """
     pieces: dict[str, tuple[nn.Parameter, list[Piece]]] = {}
     for parameter, name, piece in iter_pieces(model):
@@ -163,7 +168,8 @@ def plan_slots(model: nn.Module, decay: bool, bucket_size: int) -> list[list[Slo
         )
         if own[0].decay is not decay:
             continue
-        if buckets[-1] and (own[0].tied or buckets[-1][-1].stop >= bucket_size or _tied(buckets[-1])):
+        alone = own[0].tied or parameter.numel() >= bucket_size
+        if buckets[-1] and (alone or buckets[-1][-1].stop >= bucket_size or _tied(buckets[-1])):
             buckets.append([])
         end = buckets[-1][-1].stop if buckets[-1] else 0
         start = -(-end // ALIGNMENT) * ALIGNMENT
@@ -214,10 +220,10 @@ def make_group(
     for slots, part, own, *kept in zip(planned, parts, owns, masters, rests, strict=True):
         for slot in slots:
             _move(slot, part, own, *kept)
-    main_grad = None if lends else zeros_in_huge_pages(sum(sizes), wide, device)
-    if main_grad is None:
-        main_grads = [torch.zeros(size, dtype=wide, device=device) for size in sizes]
+    if lends:
+        main_grad, main_grads = None, [torch.zeros(size, dtype=wide, device=device) for size in sizes]
     else:
+        main_grad = zeros_in_huge_pages(sum(sizes), wide, device)
         main_grads = list(main_grad.split(sizes))
     moments = zeros_in_huge_pages(2 * sum(counts), wide, device).view(2, sum(counts))
     if master is None and remainder is None:

@@ -10,11 +10,11 @@ that the optimizer updates. In fp32 the two are the same tensor. In bf16 the wei
 rounded, and only the other 16 bits are kept beside it; without these remainders masters are tensors of their own.
 Bytes per parameter with n ranks sharding: fp32 8 + 8 / n, bf16 6 + 10 / n, without remainders 6 + 12 / n.
 
-One process on a CPU has nothing to sum, so its gradients need no buffer that is always there: from the start of a step
-they lend their memory, and each bucket has some again when its first gradient comes. By then the layers behind it have
-given back their activations, which stood there. At two threads' 2,048 tokens that is nearly all that gpt2-124m needs
-above its state: 87 MB instead of 412, and 53 instead of 215 with llama-60m. On GPUs one launch updates one buffer, and
-ranks that sum gradients do it in large buckets.
+A single process on a CPU has nothing to sum, so its gradients need no buffer that is always there: from the start of a
+step they lend their memory, and each bucket has some again when its first gradient comes. By then the layers behind it
+have given back their activations, which stood there; a second micro-batch finds all gradients there. Of 2,048 tokens'
+step in bf16 above its state gpt2-124m needs 87 MB instead of 412, llama-60m 53 instead of 215. On GPUs one launch
+updates one buffer, and ranks that sum gradients do it in large buckets.
 
 Source: Rajbhandari et al., "ZeRO", arXiv 1910.02054 (stage 1).
 """
@@ -39,7 +39,7 @@ from megalite.parallel.reduction import GradientReducer, is_finite
 from megalite.parallel.state import Kind, OptimizerShard
 
 LENT_TOGETHER = 1 << 20
-"""Elements at which a bucket is closed whose main gradients lend their memory: most matrices stand alone."""
+"""Elements at which a bucket is closed whose main gradients lend their memory: 4 MB, a part of a layer."""
 
 
 class FlatBuffers:
@@ -49,7 +49,7 @@ class FlatBuffers:
         model: parameters on one device, in fp32 (or wider). They become views of the new buffers, in `dtype`.
         mesh: gradients are summed over `data`; `shard` divides the state with `parallel.zero` = 1.
         dtype: compute type of the weights; the masters keep the values given.
-        parallel: bucket_size, grad_reduce_dtype and zero: 0 divides nothing.
+        parallel: bucket_size (where gradients are summed), grad_reduce_dtype and zero: 0 divides nothing.
         remainders: bf16 weights and 16 bits more are the masters (`OptimizerConfig.store_param_remainders`).
     """
 
@@ -64,13 +64,14 @@ class FlatBuffers:
     ) -> None:
         self.mesh = mesh
         divided = parallel.zero != 0
-        self.lends = mesh.data.size == 1 and mesh.device.type == "cpu"
-        size = min(parallel.bucket_size, LENT_TOGETHER) if self.lends else parallel.bucket_size
+        lends, size = mesh.world_size == 1 and mesh.device.type == "cpu", parallel.bucket_size
+        if lends:
+            size = min(size, LENT_TOGETHER, max(parameter.numel() for parameter in model.parameters()))
         self.shard = mesh.shard if divided else ALONE
         self.replicate = mesh.replicate if divided else mesh.data
         plans = [plan_slots(model, decay, size) for decay in (True, False)]
         self.groups = [
-            make_group(plan, dtype, self.shard, mesh.data.size, remainders=remainders, lends=self.lends)
+            make_group(plan, dtype, self.shard, mesh.data.size, remainders=remainders, lends=lends)
             for plan in plans
             if plan
         ]
@@ -78,10 +79,11 @@ class FlatBuffers:
         # parameter that was registered first in it.
         buckets = [bucket for group in self.groups for bucket in group.buckets]
         self.buckets = sorted(buckets, key=lambda bucket: -bucket.slots[-1].number)
-        # The largest stays: it would wait for the longest hole. In most models it is the head's, whose gradient comes
+        # The largest stays: it would wait for the longest hole. Mostly it is the head's alone, whose gradient comes
         # first, while all activations are there.
         largest = max(self.buckets, key=lambda bucket: bucket.main_grad.numel())
-        self._lenders = [bucket for bucket in self.buckets if bucket is not largest] if self.lends else []
+        self.lenders = [bucket for bucket in self.buckets if lends and bucket is not largest]
+        """Whose main gradients have no memory from the start of a step to their first gradient."""
         in_model_order = sorted(self._slots(), key=lambda pair: pair[1].number)
         self._boxes: dict[Kind, list[Box]] = {
             kind: [box for bucket, slot in in_model_order for box in bucket.boxes(slot, kind)]
@@ -112,8 +114,8 @@ class FlatBuffers:
         A layer that knows sinks accumulates a matrix's gradient itself, and autograd then has none for it.
         """
         slot, arrived = bucket.slots[number], self.reducer.arrived
-        take = bucket.take_gradients if self.lends else None
-        sink = GradientSink(slot.view(bucket.main_grad), lambda: arrived(index, number), take)
+        view = slot.view(bucket.main_grad)
+        sink = GradientSink(view, lambda: arrived(index, number), bucket.take_gradients)
         self._sinks.append(sink)
         if slot.parameter.dim() == 2:
             set_sink(slot.parameter, sink)
@@ -127,9 +129,8 @@ class FlatBuffers:
 
     def start_step(self, num_microbatches: int) -> None:
         """See `ModelState`."""
-        if self.lends:
-            for bucket in self._lenders:
-                bucket.lend_gradients()
+        for bucket in self.lenders:
+            bucket.lend_gradients()
         for sink in self._sinks:
             sink.start()
         self.reducer.start_step(num_microbatches)
@@ -153,7 +154,8 @@ class FlatBuffers:
         return is_finite(box_norms(self.boxes("main_grad"), self.mesh.device)).all()
 
     def optimizer_shards(self) -> list[OptimizerShard]:
-        """See `ModelState`: one for each rule of weight decay, or for each slice where ranks divide the state."""
+        """See `ModelState`: one for each rule of weight decay; where ranks divide the state, or gradients lend their
+        memory, one for each bucket."""
         self.settle()
         return [shard for group in self.groups for shard in group.shards()]
 
@@ -169,6 +171,10 @@ class FlatBuffers:
     def boxes(self, kind: Kind) -> list[Box]:
         """See `ModelState`."""
         self.settle()
+        if kind == "main_grad" and not all(bucket.has_gradients for bucket in self.lenders):
+            raise RuntimeError(
+                "this step's gradients are not all there: call finish_gradients() before reading them"
+            )
         return self._boxes[kind]
 
     def box_copies(self) -> list[int]:
@@ -178,8 +184,8 @@ class FlatBuffers:
     def zero_state(self) -> None:
         """See `ModelState`."""
         for bucket in self.buckets:
-            shard = bucket.shard()
-            for tensor in (shard.weights, shard.master, shard.remainder, shard.exp_avg, shard.exp_avg_sq):
+            weights = bucket.weights[bucket.own]
+            for tensor in (weights, bucket.master, bucket.remainder, bucket.exp_avg, bucket.exp_avg_sq):
                 if tensor is not None:
                     tensor.zero_()
 

@@ -48,7 +48,7 @@ class GradientSink:
     """
 
     def __init__(
-        self, main_grad: Tensor, added: Callable[[], None], take: Callable[[], None] | None = None
+        self, main_grad: Tensor, added: Callable[[], None], take: Callable[[], None] = lambda: None
     ) -> None:
         self.main_grad = main_grad
         self.added = added
@@ -74,7 +74,7 @@ class GradientSink:
     def taken(self) -> tuple[Tensor, bool]:
         """The main gradient for who adds to it, or overwrites it where the second is False."""
         fresh, self.fresh = self.fresh, False
-        if fresh and self._take is not None:
+        if fresh:
             self._take()
         return self.main_grad, not fresh
 

@@ -60,11 +60,9 @@ class Job:
 
     @property
     def lends_gradients(self) -> bool:
-        """Activations stand where gradients are going to: on a CPU, where nothing is summed over ranks, with one
-        micro-batch in a step (`megalite.parallel.data`). A compiled block clears its gradients in the forward pass."""
-        parallel = self.parallel
-        alone = parallel.dp_size(self.world_size) * parallel.cp * parallel.pp == 1
-        return alone and self.num_microbatches == 1 and not self.gpu and not self.compiled
+        """Activations stand where gradients are going to: in a single process on a CPU, with one micro-batch in a step
+        (`megalite.parallel.data`). A compiled block clears its gradients in the forward pass."""
+        return self.world_size == self.num_microbatches == 1 and not self.gpu and not self.compiled
 
     @property
     def state_ranks(self) -> int:

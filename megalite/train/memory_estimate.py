@@ -4,9 +4,9 @@ With P parameters on a rank, e bytes per number of the compute type, w = 4 (8 in
 the optimizer's state (dp_shard · cp; 1 with zero=0):
 
     weights         e · P                   zero=3: w · P / n, which is the master too
-    gradients       w · P                   zero=3: w · P / n; on one CPU with one micro-batch in a step what the
-                    peak has on top of activations and workspace, since those stand in gradients' memory before
-                    (`megalite.parallel.data`): at the loss V · H · w, at the end of the backward pass all
+    gradients       w · P                   zero=3: w · P / n; a single process on a CPU with one micro-batch in
+                    a step: what is there at the peak, on top of activations and workspace, which stand in gradients'
+                    memory (`megalite.parallel.data`): mostly the head's V · H · w
     optimizer       2 w · P / n moments, and where the compute type is narrower w · P / n masters, or 2 · P / n bytes
                     of remainders (`OptimizerConfig.store_param_remainders`)
     quantized       FP8, several micro-batches, not zero=3: rows and columns of every matrix of a layer, 2 bytes a
@@ -132,7 +132,7 @@ def _rank_memory(
     gradients = -(-count // n) * wide if divided else count * wide
     workspace = _workspace(job, sizes[0] if first else None, last, in_layers)
     if job.lends_gradients:
-        gradients = _gradients_at_peak(job, gradients, list(choices.values())) - activations - workspace
+        gradients = _lending_gradients(job, gradients, workspace, list(choices.values()))
     return RankMemory(
         pp_rank=rank,
         parameters=count,
@@ -213,10 +213,14 @@ def _workspace(job: Job, first: int | None, last: bool, layers: int) -> int:
     return max(0, layer, embedding, _loss_workspace(job, gradient) if last else 0)
 
 
-def _stage_workspace(job: Job, choices: Sequence[Recompute]) -> int:
-    """Bytes on top of what all layers of a stage keep of one micro-batch, while they give it back from the last on."""
+def _stage_workspace(job: Job, choices: Sequence[Recompute], comes: int = 0) -> int:
+    """Bytes on top of what all layers of a stage keep of one micro-batch, while they give it back from the last on.
+
+    `comes` is what stays of each one's backward pass.
+    """
     most = freed = 0
     for choice in reversed(choices):
+        freed -= comes
         most = max(most, _layer_workspace(job, choice) - freed)
         freed += kept_bytes(job.model, job.share, choice)
     return most
@@ -232,21 +236,22 @@ def _layer_workspace(job: Job, again: Recompute) -> int:
     return gradients + made + (-kept.active if in_place else kept.inner)
 
 
-def _gradients_at_peak(job: Job, gradients: int, choices: Sequence[Recompute]) -> int:
-    """Most bytes of gradients that are there, activations and workspace together, where gradients lend their memory.
+def _lending_gradients(job: Job, gradients: int, workspace: int, choices: Sequence[Recompute]) -> int:
+    """Bytes of gradients on top of activations and workspace at the peak, where gradients lend their memory.
 
-    The largest bucket's, here the head's, is there all the time; then each layer's while what it kept is given back.
+    The largest bucket never does: it is the head's, or that of a layer's widest matrix. The head's comes with the loss,
+    those of a layer before it has given back what it kept, the embedding's when all is given back.
     """
-    wide, hidden = job.share.wide, job.model.hidden_size
-    head = vocabulary_rows(job.model, job.share.tp) * hidden * wide
-    kept = stage_bytes(job)[0]
-    most, there = kept + _loss_workspace(job, 0) + head, head
-    kept -= loss_bytes(job)
-    for choice in reversed(choices):
-        there += layer_parameters(job.model, job.share.tp) * wide
-        most = max(most, kept + _layer_workspace(job, choice) + there)
-        kept -= kept_bytes(job.model, job.share, choice)
-    return max(most, kept + job.share.tokens * hidden * job.itemsize + gradients)
+    share, model, wide = job.share, job.model, job.share.wide
+    head = vocabulary_rows(model, share.tp) * model.hidden_size * wide
+    queries, keys = model.num_attention_heads * model.size_per_head, model.kv_heads * model.size_per_head
+    rows = max(queries + 2 * keys, (2 if model.gated else 1) * model.ffn_hidden_size)
+    widest = rows * model.hidden_size * wide
+    there = head + (widest if widest > head else 0)
+    layers = _stage_workspace(job, choices, layer_parameters(model, share.tp) * wide) - loss_bytes(job)
+    kept = loss_bytes(job) + sum(kept_bytes(model, share, choice) for choice in choices)
+    end = gradients + share.tokens * model.hidden_size * share.itemsize - kept
+    return max(there + _loss_workspace(job, 0), there + layers, end) - workspace
 
 
 def _loss_workspace(job: Job, gradient: int) -> int:

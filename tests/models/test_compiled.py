@@ -49,7 +49,8 @@ def train(
     more: dict[str, Any] = {"compile_backend": backend, "recompute": RECOMPUTE[recompute]}
     if isinstance(dtype, str):
         dtype, more["fp8"] = torch.bfloat16, "rowwise"
-    replica = make_replica(ParallelConfig(), config, dtype, TOKENS, **more)
+    # Buckets end at other places of each layer: its gradients share other memory with one another.
+    replica = make_replica(ParallelConfig(bucket_size=3000), config, dtype, TOKENS, **more)
     seen, graphs = [], []
     for step, micro_batches in enumerate(STEPS):
         batches = [batch(starts, 10 * step + number) for number, starts in enumerate(micro_batches)]

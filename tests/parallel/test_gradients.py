@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from megalite.config import ParallelConfig
 from megalite.layers.embedding import VocabParallelEmbedding
 from megalite.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megalite.models.presets import preset
+from megalite.models.transformer import Transformer
 from megalite.parallel.data import FlatBuffers
 from megalite.parallel.gradients import GradientSink, WeightQueue, add_weight_gradient, get_sink, set_sink
 from megalite.parallel.mesh import Mesh, mesh_of_group
@@ -203,7 +205,7 @@ def test_the_first_gradient_of_a_step_overwrites_what_is_there(name: str, fused_
         (loss_of(plain, packed_batch(), None) * 0.5).backward()
     expected = {piece.name: gradient for piece, gradient in gradient_pieces(plain)}
     model = build(MODELS[name], UNSPLIT, torch.float32)
-    state = FlatBuffers(model, Mesh(device=torch.device("cpu")), torch.float32, ParallelConfig())
+    state = FlatBuffers(model, Mesh(device=CPU), torch.float32, ParallelConfig(bucket_size=1))
     scale = torch.tensor(0.5)
     for old in (0.0, float("nan"), 1e3):
         for box in state.boxes("main_grad"):
@@ -217,9 +219,10 @@ def test_the_first_gradient_of_a_step_overwrites_what_is_there(name: str, fused_
             torch.testing.assert_close(box.tensor, expected[box.piece.name], msg=box.piece.name)
 
 
+@pytest.mark.usefixtures("dirty_memory")
 def test_a_parameter_without_a_gradient_has_zeros() -> None:
     model = build(MODELS["llama"], UNSPLIT, torch.float32)
-    state = FlatBuffers(model, Mesh(device=torch.device("cpu")), torch.float32, ParallelConfig())
+    state = FlatBuffers(model, Mesh(device=CPU), torch.float32, ParallelConfig(bucket_size=1))
     for box in state.boxes("main_grad"):
         box.tensor.fill_(7.0)
     state.start_step(0)
@@ -229,12 +232,7 @@ def test_a_parameter_without_a_gradient_has_zeros() -> None:
 
 def with_memory(state: FlatBuffers) -> set[str]:
     """Names of the parameters whose main gradients have memory now."""
-    return {
-        slot.name
-        for bucket in state.buckets
-        for slot in bucket.slots
-        if bucket.main_grad.untyped_storage().size()
-    }
+    return {slot.name for bucket in state.buckets for slot in bucket.slots if bucket.has_gradients}
 
 
 @pytest.mark.usefixtures("dirty_memory")
@@ -254,9 +252,12 @@ def test_gradients_lend_their_memory_until_they_come(name: str) -> None:
     for number, layer in enumerate(model.layers.values()):
         layer.register_forward_hook(lambda _layer, _inputs, output, number=number: watch(number, output))
     for _ in range(2):
+        found.clear()
         state.start_step(1)
         assert len(with_memory(state)) == 1
         assert with_memory(state) <= vocabulary
+        with pytest.raises(RuntimeError, match=r"call finish_gradients\(\)"):
+            state.boxes("main_grad")
         loss = loss_of(model, packed_batch(), None, torch.ones(()))
         assert with_memory(state) <= vocabulary, "the head's at most"
         loss.backward()
@@ -284,8 +285,21 @@ def test_zeros_stand_between_gradients_that_took_their_memory_back() -> None:
         state.finish_gradients()
         for bucket in state.buckets:
             assert not bucket.main_grad.any()
-            padding += bucket.main_grad.numel() - sum(slot.parameter.numel() for slot in bucket.slots)
-    assert padding
+        for bucket in state.lenders:
+            padding += bucket.slots[-1].stop - sum(slot.parameter.numel() for slot in bucket.slots)
+    assert padding, "between parameters"
+
+
+@pytest.mark.parametrize("name", ["llama-60m", "gpt2-124m", "qwen3-0.6b", "llama3-8b"])
+def test_what_never_lends_is_the_matrix_whose_gradient_comes_first(name: str) -> None:
+    """Alone: nothing else of its bucket stays with it."""
+    model = preset(name)
+    model = dataclasses.replace(model, vocab_size=model.vocab_size or 32000, num_layers=2)
+    built = Transformer(model, device="meta")
+    state = FlatBuffers(built, Mesh(device=CPU), torch.float32, ParallelConfig())
+    lending = {slot.name for bucket in state.lenders for slot in bucket.slots}
+    stays = [name for name, _ in built.named_parameters() if name not in lending]
+    assert stays == ["embedding.weight" if model.tie_word_embeddings else "head.weight"]
 
 
 def test_gradients_that_ranks_sum_lend_nothing(rank_pool: Any) -> None:
@@ -312,8 +326,9 @@ def embedding_job() -> list[tuple[list[int], float]]:
     """(rows with a gradient, their sum) after each step, of an embedding with 400 rows; a rank's ids are its own."""
     mesh = mesh_of_group(ParallelConfig(), torch.device("cpu")) if dist.is_initialized() else Mesh(device=CPU)
     embedding = VocabParallelEmbedding(400, 2, padded_rows=400, std=0.1)
-    model = nn.ModuleDict({"embedding": embedding})
-    state = FlatBuffers(model, mesh, torch.float32, ParallelConfig())
+    larger = VocabParallelEmbedding(400, 3, padded_rows=400, std=0.1)  # which never lends its memory
+    model = nn.ModuleDict({"embedding": embedding, "larger": larger})
+    state = FlatBuffers(model, mesh, torch.float32, ParallelConfig(bucket_size=1))
     answers = []
     for ids in STEPS:
         state.start_step(2)
@@ -322,13 +337,15 @@ def embedding_job() -> list[tuple[list[int], float]]:
         state.finish_gradients()
         whole = torch.zeros(400, 2)
         for box in state.boxes("main_grad"):
-            whole[box.index] = box.tensor
+            if box.piece.name.startswith("embedding"):
+                whole[box.index] = box.tensor
         answers.append((whole.abs().sum(1).nonzero().flatten().tolist(), float(whole.sum())))
         for box in state.boxes("main_grad"):
             box.tensor.fill_(1.0)  # nobody's business: the next step must not keep it
     return answers
 
 
+@pytest.mark.usefixtures("dirty_memory")
 @pytest.mark.parametrize("world", [1, 2])
 def test_an_embedding_has_the_gradients_of_this_step_alone(world: int, rank_pool) -> None:
     """Few ids, none, many; and with other ranks' ids, which nobody here knows."""
