@@ -47,8 +47,6 @@ class Contender:
     """Takes the run's allocator setting; else glibc's default."""
     cuda_graph: bool = False
     """Of our own trainer."""
-    activations: float = 1.0
-    """Of our own trainer: the share of what its layers keep otherwise; some are run again for the rest."""
     default_on: tuple[str, ...] = ("cpu", "cuda")
     """Devices on which it is part of a run that names no contenders."""
 
@@ -84,15 +82,6 @@ def contenders(model: ModelConfig, precision: str) -> dict[str, Contender]:
             description=f"{OURS}; glibc maps and unmaps each large tensor",
             devices=("cpu",),
             keep_pages=False,
-            default_on=(),
-        )
-    )
-    found.append(
-        Contender(
-            name="megalite-less-memory",
-            description=f"{OURS}; MLPs, then layers, run again until at most 56 % of the activations are kept",
-            precision="bf16" if precision == "fp8" else "",
-            activations=0.56,
             default_on=(),
         )
     )

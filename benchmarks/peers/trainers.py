@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.peers.contenders import Contender
 from benchmarks.peers.job import SEED, Batches, Job, read_weights
-from megalite.config import DataConfig, EvalConfig, RecomputeConfig, RunConfig, ScheduleConfig, TrainConfig
-from megalite.layers.recompute import Recompute
-from megalite.layers.recompute_plan import GB, Share, kept_bytes
+from megalite.config import DataConfig, EvalConfig, RunConfig, ScheduleConfig, TrainConfig
 from megalite.parallel.failure import ends_together
 from megalite.parallel.mesh import close_mesh, make_mesh
 from megalite.train.setup import Session, build_session, prepare_process
@@ -72,7 +70,6 @@ def run_config(job: Job, contender: Contender | None = None) -> RunConfig:
         run_dir=str(Path(job.folder) / "run"),
         model=job.model,
         parallel=job.parallel,
-        recompute=recompute_config(job, contender),
         data=DataConfig(datasets=job.datasets),
         optimizer=job.optimizer,
         schedule=ScheduleConfig(kind="constant", warmup=0),
@@ -91,16 +88,6 @@ def run_config(job: Job, contender: Contender | None = None) -> RunConfig:
         ),
         eval=EvalConfig(interval=0),
     )
-
-
-def recompute_config(job: Job, contender: Contender | None) -> RecomputeConfig:
-    """What our trainer makes again: by default what costs next to nothing."""
-    if contender is None or contender.activations == 1.0:
-        return RecomputeConfig()
-    itemsize = 4 if (contender.precision or job.precision) == "fp32" else 2
-    share = Share.of(job.parallel, job.micro_batch_size * job.seq_length, itemsize)
-    kept = job.model.num_layers * kept_bytes(job.model, share, Recompute(norm=True, activation=True))
-    return RecomputeConfig(kind="budget", budget_gb=contender.activations * kept / GB)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ def keep_freed_pages() -> bool:
     again, which costs all but the smallest models a good part of a CPU training step. What is kept is asked for in
     pages of 2 MB: products read rows that are kilobytes apart, each in a page of its own, and a step of llama-60m on
     an Intel Xeon with AMX took 537-551 ms for 582-614. Tensors of 64 KB and more come from a pool of their own where
-    that is built (`pool`), which leaves fewer holes: there that step needed 252 MB above its state, for 326 from
+    that is built (`pool`), which leaves fewer holes: there that step then needed 252 MB above its state, for 326 from
     glibc alone. This changes the whole process, so only commands that train or measure call it, and only on CPUs.
     """
     if platform.libc_ver()[0] != "glibc":
