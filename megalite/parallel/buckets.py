@@ -148,14 +148,17 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def plan_slots(model: nn.Module, decay: bool, bucket_size: int) -> list[list[Slot]]:
+def plan_slots(
+    model: nn.Module, decay: bool, bucket_size: int, *, large_alone: bool = False
+) -> list[list[Slot]]:
     """The buckets of one group: slots in reverse registration order.
 
     Args:
         model: declares pieces for all its parameters.
         decay: which group.
-        bucket_size: elements at which a bucket is closed; a parameter of as many stands alone. So does a tied matrix:
-            two pipeline stages hold it among other neighbours, and must cut it equally.
+        bucket_size: elements at which a bucket is closed. A tied matrix has a bucket of its own: two pipeline stages
+            hold it among other neighbours, and must cut it equally.
+        large_alone: so has a parameter of `bucket_size` elements or more.
     """
     pieces: dict[str, tuple[nn.Parameter, list[Piece]]] = {}
     for parameter, name, piece in iter_pieces(model):
@@ -168,7 +171,7 @@ def plan_slots(model: nn.Module, decay: bool, bucket_size: int) -> list[list[Slo
         )
         if own[0].decay is not decay:
             continue
-        alone = own[0].tied or parameter.numel() >= bucket_size
+        alone = own[0].tied or (large_alone and parameter.numel() >= bucket_size)
         if buckets[-1] and (alone or buckets[-1][-1].stop >= bucket_size or _tied(buckets[-1])):
             buckets.append([])
         end = buckets[-1][-1].stop if buckets[-1] else 0

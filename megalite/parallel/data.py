@@ -38,8 +38,13 @@ from megalite.parallel.pieces import Box
 from megalite.parallel.reduction import GradientReducer, is_finite
 from megalite.parallel.state import Kind, OptimizerShard
 
-LENT_TOGETHER = 1 << 20
-"""Elements at which a bucket is closed whose main gradients lend their memory: 4 MB, a part of a layer."""
+
+def lent_together(parallel: ParallelConfig) -> int:
+    """Elements at which a bucket is closed whose main gradients lend their memory: 4 MB, a part of a layer.
+
+    A model without a matrix of as many has little to lend.
+    """
+    return min(parallel.bucket_size, 1 << 20)
 
 
 class FlatBuffers:
@@ -64,12 +69,12 @@ class FlatBuffers:
     ) -> None:
         self.mesh = mesh
         divided = parallel.zero != 0
-        lends, size = mesh.world_size == 1 and mesh.device.type == "cpu", parallel.bucket_size
-        if lends:
-            size = min(size, LENT_TOGETHER, max(parameter.numel() for parameter in model.parameters()))
+        largest = max(parameter.numel() for parameter in model.parameters())
+        lends = mesh.world_size == 1 and mesh.device.type == "cpu" and largest >= lent_together(parallel)
+        size = lent_together(parallel) if lends else parallel.bucket_size
         self.shard = mesh.shard if divided else ALONE
         self.replicate = mesh.replicate if divided else mesh.data
-        plans = [plan_slots(model, decay, size) for decay in (True, False)]
+        plans = [plan_slots(model, decay, size, large_alone=lends) for decay in (True, False)]
         self.groups = [
             make_group(plan, dtype, self.shard, mesh.data.size, remainders=remainders, lends=lends)
             for plan in plans
@@ -81,8 +86,8 @@ class FlatBuffers:
         self.buckets = sorted(buckets, key=lambda bucket: -bucket.slots[-1].number)
         # The largest stays: it would wait for the longest hole. Mostly it is the head's alone, whose gradient comes
         # first, while all activations are there.
-        largest = max(self.buckets, key=lambda bucket: bucket.main_grad.numel())
-        self.lenders = [bucket for bucket in self.buckets if lends and bucket is not largest]
+        stays = max(self.buckets, key=lambda bucket: bucket.main_grad.numel())
+        self.lenders = [bucket for bucket in self.buckets if lends and bucket is not stays]
         """Whose main gradients have no memory from the start of a step to their first gradient."""
         in_model_order = sorted(self._slots(), key=lambda pair: pair[1].number)
         self._boxes: dict[Kind, list[Box]] = {

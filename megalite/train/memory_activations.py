@@ -14,6 +14,7 @@ from megalite.config_parallel import ZERO_BUBBLE
 from megalite.layers.recompute import KEEP, Recompute
 from megalite.layers.recompute_plan import Share, kept_bytes, layer_bytes, recompute_plan
 from megalite.parallel.action_table import Op, Step, Table, schedule_table
+from megalite.parallel.data import lent_together
 from megalite.parallel.stages import StagePlan, plan_stages
 
 
@@ -62,7 +63,8 @@ class Job:
     def lends_gradients(self) -> bool:
         """Activations stand where gradients are going to: in a single process on a CPU, with one micro-batch in a step
         (`megalite.parallel.data`). A compiled block clears its gradients in the forward pass."""
-        return self.world_size == self.num_microbatches == 1 and not self.gpu and not self.compiled
+        alone = self.world_size == self.num_microbatches == 1 and not self.gpu and not self.compiled
+        return alone and max(matrix_sizes(self.model)) >= lent_together(self.parallel)
 
     @property
     def state_ranks(self) -> int:
@@ -71,6 +73,13 @@ class Job:
             return 1
         dp = self.parallel.dp_size(self.world_size)
         return (self.parallel.dp_shard or dp) * self.parallel.cp
+
+
+def matrix_sizes(model: ModelConfig) -> tuple[int, int]:
+    """Elements of the head, and of a layer's widest matrix, in one process."""
+    projected = (model.num_attention_heads + 2 * model.kv_heads) * model.size_per_head
+    rows = max(projected, (1 + model.gated) * model.ffn_hidden_size)
+    return vocabulary_rows(model) * model.hidden_size, rows * model.hidden_size
 
 
 def vocabulary_rows(model: ModelConfig, tp: int = 1) -> int:

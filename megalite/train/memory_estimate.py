@@ -56,6 +56,7 @@ from megalite.train.memory_activations import (
     activation_peaks,
     cheap_choice,
     loss_bytes,
+    matrix_sizes,
     recompute_choices,
     stage_bytes,
     vocabulary_rows,
@@ -243,12 +244,9 @@ def _lending_gradients(job: Job, gradients: int, workspace: int, choices: Sequen
     those of a layer before it has given back what it kept, the embedding's when all is given back.
     """
     share, model, wide = job.share, job.model, job.share.wide
-    head = vocabulary_rows(model, share.tp) * model.hidden_size * wide
-    queries, keys = model.num_attention_heads * model.size_per_head, model.kv_heads * model.size_per_head
-    rows = max(queries + 2 * keys, (2 if model.gated else 1) * model.ffn_hidden_size)
-    widest = rows * model.hidden_size * wide
-    there = head + (widest if widest > head else 0)
-    layers = _stage_workspace(job, choices, layer_parameters(model, share.tp) * wide) - loss_bytes(job)
+    head, widest = matrix_sizes(model)
+    there = wide * (head + (widest if widest > head else 0))
+    layers = _stage_workspace(job, choices, layer_parameters(model) * wide) - loss_bytes(job)
     kept = loss_bytes(job) + sum(kept_bytes(model, share, choice) for choice in choices)
     end = gradients + share.tokens * model.hidden_size * share.itemsize - kept
     return max(there + _loss_workspace(job, 0), there + layers, end) - workspace

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -160,13 +161,20 @@ def test_impossible_layouts(dataset: BlendedDataset):
 
 
 def test_a_step_is_quick(tmp_path: Path):
-    """16 samples of 256 tokens from 10,000 documents: under 2 ms of processor time at best of many."""
+    """16 samples of 256 tokens from 10,000 documents: 2 ms of processor time where squaring 20,000 numbers takes 1."""
     stream = stream_of(tmp_path / "d", random_documents(10_000, 300, seed=1))
     loader = TrainLoader(BlendedDataset([stream], [1.0], seq_length=256, seed=1), micro_batch_size=16)
-    times = []
-    for step in range(60):
+
+    def seconds(work: Callable[[int], object], step: int) -> float:
         began = time.process_time()
-        loader.step(step * 16, 16)
-        times.append(time.process_time() - began)
+        work(step)
+        return time.process_time() - began
+
+    # In turns: a shared core may run at half its speed from one moment to the next. 1.2 to 1.6 were seen.
+    ratios = [
+        seconds(lambda step: loader.step(step * 16, 16), step)
+        / seconds(lambda step: sum(i * i for i in range(20_000)), step)
+        for step in range(60)
+    ]
     loader.close()
-    assert min(times) < 2e-3, f"best {min(times) * 1e3:.2f} ms, median {np.median(times) * 1e3:.2f} ms"
+    assert np.median(ratios) < 2, f"median {np.median(ratios):.2f}, best {min(ratios):.2f}"

@@ -276,9 +276,8 @@ def test_gradients_lend_their_memory_until_they_come(name: str) -> None:
 @pytest.mark.usefixtures("dirty_memory")
 def test_zeros_stand_between_gradients_that_took_their_memory_back() -> None:
     """The optimizer and the norm of a whole bucket read them."""
-    state = FlatBuffers(
-        build(MODELS["gpt2"], UNSPLIT, torch.float32), Mesh(device=CPU), torch.float32, ParallelConfig()
-    )
+    model = build(MODELS["gpt2"], UNSPLIT, torch.float32)
+    state = FlatBuffers(model, Mesh(device=CPU), torch.float32, ParallelConfig(bucket_size=9000))
     padding = 0
     for _ in range(2):
         state.start_step(0)
@@ -309,7 +308,7 @@ def test_gradients_that_ranks_sum_lend_nothing(rank_pool: Any) -> None:
 
 def count_shards_of_two_ranks() -> tuple[int, bool]:
     """Shards, and whether gradients had memory after the start of a step."""
-    layout = ParallelConfig(zero=0)
+    layout = ParallelConfig(zero=0, bucket_size=1)
     state = FlatBuffers(
         build(MODELS["llama"], UNSPLIT, torch.float32), mesh_of_group(layout, CPU), torch.float32, layout
     )

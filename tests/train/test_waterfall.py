@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -277,7 +278,6 @@ def test_floors_are_those_of_the_contracts(name: str) -> None:
 def test_what_the_clock_takes_is_known() -> None:
     """Ops that do nothing: what is left after the clock's own time is what they take without it."""
     clock = make_clock(CPU, process=True)
-    transit = transit_ms(clock)
     x = torch.zeros(1)
 
     def loop() -> float:
@@ -286,18 +286,21 @@ def test_what_the_clock_takes_is_known() -> None:
             x.detach()
         return clock.ms(start, clock.now())
 
-    stamped = []
-    for _ in range(5):
-        ops = OpClock(clock, Sizes(1))
-        with ops:
-            start = clock.now()
-            loop()
-            end = clock.now()
-        stamped.append(take_apart(StepStamps(ops.stamps, [], start, end), clock, transit))
-    plain = min(loop() for _ in range(5))
-    best = min(stamped, key=lambda step: step.total_ms)
-    # An op takes 1 us, the clock 10: half a microsecond a call is what may be wrong.
-    assert best.total_ms - best.clock_ms == pytest.approx(plain, abs=300 * 2e-3)
+    def left() -> float:
+        transit, stamped = transit_ms(clock), []
+        for _ in range(5):
+            ops = OpClock(clock, Sizes(1))
+            with ops:
+                start = clock.now()
+                loop()
+                end = clock.now()
+            stamped.append(take_apart(StepStamps(ops.stamps, [], start, end), clock, transit))
+        best = min(stamped, key=lambda step: step.total_ms)
+        return best.total_ms - best.clock_ms - min(loop() for _ in range(5))
+
+    # An op takes 1 us, the clock 10: 2 microseconds a call are what may be wrong. A shared core may run at half its
+    # speed from one moment to the next.
+    assert statistics.median(left() for _ in range(9)) == pytest.approx(0, abs=300 * 2e-3)
 
 
 def test_the_profiler_sorts_the_same_step(open_session) -> None:
