@@ -296,11 +296,11 @@ def test_what_the_clock_takes_is_known() -> None:
                 end = clock.now()
             stamped.append(take_apart(StepStamps(ops.stamps, [], start, end), clock, transit))
         best = min(stamped, key=lambda step: step.total_ms)
-        return best.total_ms - best.clock_ms - min(loop() for _ in range(5))
+        return (best.total_ms - best.clock_ms - min(loop() for _ in range(5))) / best.clock_ms
 
-    # An op takes 1 us, the clock 10: 2 microseconds a call are what may be wrong. A shared core may run at half its
+    # An op takes 1 us, the clock 10, of which a fifth may be wrong; 0.05 were seen. A shared core may run at half its
     # speed from one moment to the next.
-    assert statistics.median(left() for _ in range(9)) == pytest.approx(0, abs=300 * 2e-3)
+    assert statistics.median(left() for _ in range(9)) == pytest.approx(0, abs=0.2)
 
 
 def test_the_profiler_sorts_the_same_step(open_session) -> None:
