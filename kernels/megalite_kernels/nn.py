@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from megalite_kernels.ops.activation import geglu, gelu, swiglu
 from megalite_kernels.ops.layer_norm import layer_norm
+from megalite_kernels.ops.linear import linear
 from megalite_kernels.ops.linear_cross_entropy import linear_cross_entropy
 from megalite_kernels.ops.rms_norm import rms_norm
 
@@ -67,6 +68,14 @@ class LayerNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}, bias={self.bias is not None}"
 
 
+class Linear(nn.Linear):
+    """`linear` as a module: torch's Linear, on a CPU by the faster of two products."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features]."""
+        return linear(input, self.weight, bias=self.bias)
+
+
 class SwiGLU(nn.Module):
     """The gated MLP `down(silu(gate(x)) * up(x))`, gate and up being one product.
 
@@ -86,8 +95,8 @@ class SwiGLU(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(hidden_size, 2 * ffn_hidden_size, bias=bias, dtype=dtype, device=device)
-        self.down = nn.Linear(ffn_hidden_size, hidden_size, bias=bias, dtype=dtype, device=device)
+        self.gate_up = Linear(hidden_size, 2 * ffn_hidden_size, bias=bias, dtype=dtype, device=device)
+        self.down = Linear(ffn_hidden_size, hidden_size, bias=bias, dtype=dtype, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] to [..., H]."""

@@ -21,6 +21,9 @@ causal and sliding window), with dropout while training, or when attention weigh
 `torch.compile` traces, a mask's values can't be read, so attention is fused there only if the model passes no mask
 (Hugging Face: the "sdpa" implementation without padding).
 
+Projections (torch's Linear, GPT-2's Conv1D, not what is derived from them) are replaced on CPUs only, where the native
+library multiplies faster than torch: everywhere in bf16 without AMX, in fp32 with it. Each call takes the faster one.
+
 The loss: a model whose forward takes `labels` or `targets` gets it from `linear_cross_entropy` while it trains, without
 making logits. `output.logits` is then a `LazyLogits`, which computes them when it is used. In eval mode, and without
 targets, logits are tensors as before.
@@ -41,7 +44,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from megalite_kernels.patching import attention_rules, check, loss, mlp, norms, swap
+from megalite_kernels.patching import attention_rules, check, linear, loss, mlp, norms, swap
 from megalite_kernels.patching.common import Proposal
 from megalite_kernels.patching.swap import Spec
 
@@ -54,6 +57,7 @@ KINDS = (
     "relu_squared",
     "rope",
     "attention",
+    "linear",
     "linear_cross_entropy",
 )
 """Ops that `patch` can put in place."""
@@ -63,6 +67,7 @@ RULES: tuple[Callable[[nn.Module], Proposal | None], ...] = (
     attention_rules.propose_attention,
     mlp.propose_mlp,
     norms.propose,
+    linear.propose,
 )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megalite_kernels.ops.linear import accumulate_weight_gradient, project_back
+from megalite_kernels.ops.linear import accumulate_weight_gradient, weight_gradient
 
 
 class WeightQueue:
@@ -153,6 +153,6 @@ def add_weight_gradient(sink: GradientSink | None, dy: Tensor, x: Tensor) -> Ten
     """dyᵀ · x for dy [..., O] and x [..., I]: into the sink (returns None), or returned where there is none."""
     dy, x = matrix(dy), matrix(x)
     if sink is None:
-        return project_back(dy.t(), x)
+        return weight_gradient(dy, x)
     sink.add(dy, x)
     return None

@@ -107,7 +107,7 @@ def column_linear(
     """
     sink = get_sink(weight)
     if split.axis.group is None and sink is None:
-        return F.linear(x, weight, bias)
+        return kernels.linear(x, weight, bias=bias)
     if sink is not None and torch.compiler.is_compiling():
         # A graph adds into the main gradient, but calls nobody: `announce` tells the sink.
         return kernels.linear(x, weight, bias=bias, main_grad=sink.main_grad)

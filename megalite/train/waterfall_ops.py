@@ -123,6 +123,7 @@ TABLE: dict[str, Op] = {
     "aten.linear": Op(GEMM, _linear),
     "megalite.linear_fwd": Op(GEMM, _linear),
     "megalite.linear_dgrad": Op(GEMM, _dgrad),
+    "megalite.linear_weight_grad": Op(GEMM, _wgrad),
     "megalite.linear_weight_grad_": Op(GEMM, _wgrad),
     FP8_PRODUCT: Op(GEMM, _fp8),
     # Attention.

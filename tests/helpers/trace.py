@@ -46,7 +46,7 @@ PRODUCTS = frozenset({"aten.mm", "aten.addmm", "aten.addmm_", "aten.bmm", "aten.
 KERNELS_OF_PRODUCTS = (
     "megalite.linear_fwd",
     "megalite.linear_dgrad",
-    "megalite.linear_weight_grad_",
+    "megalite.linear_weight_grad",
     "megalite.linear_cross_entropy",
     "megalite.fp8_product",
 )

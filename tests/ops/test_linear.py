@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,12 +12,77 @@ from torch import Tensor
 import megalite_kernels as mk
 from megalite_kernels.ops.linear import project, project_back
 from megalite_kernels.testing import assert_as_accurate
-from tests.ops.catalogue import BACKENDS, DTYPES, generator, needs_native, random
+from tests.ops.catalogue import BACKENDS, DTYPES, cpu_only, generator, needs_native, random
 
 
 def test_without_accumulator_it_is_torchs() -> None:
     x, weight, bias = random(2, 5, 8), random(3, 8, seed=1), random(3, seed=2)
     assert torch.equal(mk.linear(x, weight, bias=bias), F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "out"), [((2, 5, 8), 3), ((7,), 13), ((0, 8), 4), ((3, 101, 330), 401)], ids=str
+)
+def test_gradients_are_as_accurate_as_torchs(
+    shape: tuple[int, ...], out: int, dtype: torch.dtype, backend: str
+) -> None:
+    """The last shape is one whose products are the native library's; dy is a part of wider rows."""
+    sizes = [shape, (out, shape[-1]), (out,)]
+    leaves = [random(*size, seed=i).to(dtype).requires_grad_() for i, size in enumerate(sizes)]
+    dy = random(*shape[:-1], out + 5, seed=3).to(dtype)[..., 5:]
+
+    def results(function: Any, leaves: list[Tensor], dy: Tensor) -> list[Tensor]:
+        y = function(leaves[0], leaves[1], bias=leaves[2])
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+    plain = results(F.linear, leaves, dy)
+    truth = results(F.linear, [t.detach().double().requires_grad_() for t in leaves], dy.double())
+    with mk.use_backend(backend):
+        got = results(mk.linear, leaves, dy)
+    for name, *three in zip(("y", "dx", "dweight", "dbias"), got, plain, truth, strict=True):
+        assert_as_accurate(*three, floor=4, name=name)  # one chain of float sums
+
+
+@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])
+def test_only_the_gradients_that_are_wanted_are_made(wanted: tuple[bool, ...]) -> None:
+    leaves = [random(*s, seed=i) for i, s in enumerate([(5, 8), (3, 8), (3,)])]
+    for leaf, want in zip(leaves, wanted, strict=True):
+        leaf.requires_grad_(want)
+    x, weight, bias = leaves
+    mk.linear(x, weight, bias=bias).square().sum().backward()
+    expected = [leaf.detach().clone().requires_grad_(leaf.requires_grad) for leaf in leaves]
+    F.linear(*expected).square().sum().backward()
+    for leaf, theirs in zip(leaves, expected, strict=True):
+        assert (leaf.grad is None) == (theirs.grad is None)
+        assert leaf.grad is None or torch.equal(leaf.grad, theirs.grad)
+
+
+@cpu_only
+def test_a_second_derivative_is_refused() -> None:
+    x, weight = random(5, 8).requires_grad_(), random(3, 8, seed=1).requires_grad_()
+    (dx,) = torch.autograd.grad(mk.linear(x, weight).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+@cpu_only
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+def test_autocast_decides_the_dtype_as_it_does_for_torchs(given: torch.dtype) -> None:
+    x, weight, bias = (random(*s, seed=i) for i, s in enumerate([(5, 8), (3, 8), (3,)]))
+    leaves = [x.requires_grad_(), weight.to(given).requires_grad_(), bias.requires_grad_()]
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = mk.linear(*leaves[:2], bias=leaves[2]), F.linear(*leaves)
+        with torch.no_grad():
+            alone = mk.linear(*leaves[:2], bias=leaves[2])
+    assert ours.dtype == theirs.dtype == alone.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, theirs)
+    assert torch.equal(ours, alone)
+    gradients = [torch.autograd.grad(y.sum(), leaves) for y in (ours, theirs)]
+    for leaf, mine, their in zip(leaves, *gradients, strict=True):
+        assert mine.dtype == leaf.dtype
+        torch.testing.assert_close(mine, their)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

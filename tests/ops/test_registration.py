@@ -69,6 +69,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "scaled_copy": (X, torch.tensor(0.3), torch.bfloat16),
     "linear_fwd": (X, random(4, 16), random(4)),
     "linear_dgrad": (X, random(16, 5)),
+    "linear_weight_grad": (X, random(6, 5)),
     "linear_weight_grad_": (X, X, torch.zeros(16, 16)),
     "fp8_quantize_rows": (X, E4M3),
     "fp8_quantize_columns": (X, E4M3),

@@ -21,6 +21,8 @@ SMALL = ["--steps", "2", "--hidden", "128", "--layers", "1", "--batch", "2", "--
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_example_runs(name, replaced, dtype, monkeypatch, capsys):
     monkeypatch.syspath_prepend(EXAMPLES)
+    # How many projections are worth replacing depends on the CPU.
+    monkeypatch.setattr("megalite_kernels.patching.linear.LEAST_WEIGHT", 1 << 40)
     figures = importlib.import_module(name).main([*SMALL, "--device", "cpu", "--dtype", dtype])
     assert figures["replaced"] == replaced
     assert figures["restored"]

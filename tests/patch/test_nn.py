@@ -31,6 +31,14 @@ def test_gated_mlps(module, activation):
     assert torch.allclose(module(x(3, 8)), module.down(activation(gate) * up), atol=1e-6)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear(bias):
+    module, plain = fused.Linear(8, 5, bias=bias), nn.Linear(8, 5, bias=bias)
+    plain.load_state_dict(module.state_dict())
+    assert repr(module) == repr(plain)
+    assert torch.equal(module(x(3, 8)), plain(x(3, 8)))
+
+
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [

@@ -63,6 +63,16 @@ def dgrad(dy: Tensor, weight: Tensor) -> Tensor:
     return _project(dy, weight, 0, None, (rows, features, out_features))
 
 
+def wgrad(dy: Tensor, x: Tensor) -> Tensor:
+    """Backend "cpu" of `linear_weight_grad`; whose product is taken, and why, is as in `accumulate_`."""
+    (inner, rows), cols = dy.shape, x.shape[1]
+    if dy.dtype == torch.float32 and not wins(dy.dtype, rows, cols, inner):
+        return dy.t() @ x
+    out = dy.new_empty((rows, cols))
+    multiply_(out, dy.t(), x)
+    return out
+
+
 def _project(
     x: Tensor, weight: Tensor, inner_dim: int, bias: Tensor | None, sizes: tuple[int, int, int]
 ) -> Tensor:

@@ -1,4 +1,4 @@
-"""Linear layer whose weight gradient can be accumulated straight into an fp32 buffer."""
+"""Linear layer on the faster of two products, whose weight gradient can go straight into an fp32 buffer."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megalite_kernels._library import define
 from megalite_kernels.backend import register, register_lazy
 from megalite_kernels.ops import checks
+from megalite_kernels.ops.autocast import autocast
 from megalite_kernels.ops.linear_cross_entropy_local import check_main_grad
 from megalite_kernels.ops.native_support import NATIVE, native_accumulator_supports, native_supports
 from megalite_kernels.ops.triton_support import TRITON, triton_supports
@@ -19,14 +21,17 @@ from megalite_kernels.ops.triton_support import TRITON, triton_supports
 def linear(
     x: Tensor, weight: Tensor, *, bias: Tensor | None = None, main_grad: Tensor | None = None
 ) -> Tensor:
-    """`x @ weight.T + bias`.
+    """`x @ weight.T + bias`; on a CPU each product by the native library where that is faster than torch's.
+
+    On other devices it is torch's own linear, unless there is a `main_grad`. Autocast converts what is given, but
+    not with a `main_grad`. First derivatives only.
 
     Args:
         x: [..., I].
         weight: [O, I] like x.
         bias: [O] like weight, or None.
         main_grad: [O, I] fp32; if given, the backward adds `dy.T @ x` into it and `weight` itself gets no
-            gradient. Without it the gradients are those of torch's own linear.
+            gradient.
 
     Returns:
         [..., O] like x.
@@ -36,6 +41,11 @@ def linear(
 
     Saved: x and weight.
     """
+    if main_grad is None and torch.is_autocast_enabled(x.device.type):
+        if x.device.type != "cpu":
+            return F.linear(x, weight, bias)  # there torch casts a weight once for all its uses
+        x, weight = autocast(x, weight)
+        bias = None if bias is None else autocast(bias)[0]
     checks.require_float(x=x, weight=weight)
     checks.require_shape(weight, (weight.shape[0], x.shape[-1]), "weight", f"x with {x.shape[-1]} features")
     checks.require_same_kind(weight, x, "weight", "x")
@@ -43,8 +53,9 @@ def linear(
         checks.require_shape(bias, (weight.shape[0],), "bias", f"weight with {weight.shape[0]} rows")
         checks.require_same_kind(bias, weight, "bias", "weight")
     if main_grad is None:
-        wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-        return F.linear(x, weight, bias) if wanted else project(x, weight, bias)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+            return _Linear.apply(x, weight, bias) if x.device.type == "cpu" else F.linear(x, weight, bias)
+        return project(x, weight, bias)
     check_main_grad(main_grad, weight)
     return _MainGradLinear.apply(x, weight, bias, main_grad)
 
@@ -52,6 +63,11 @@ def linear(
 def dgrad(dy: Tensor, weight: Tensor) -> Tensor:
     """dy @ weight for dy [..., O] and weight [O, I]; reference of `linear_dgrad`."""
     return dy @ weight
+
+
+def wgrad(dy: Tensor, x: Tensor) -> Tensor:
+    """dy.T @ x for dy [T, O] and x [T, I]; reference of `linear_weight_grad`."""
+    return dy.t() @ x
 
 
 _fwd = define(
@@ -62,8 +78,13 @@ _dgrad = define(
     "linear_dgrad(Tensor dy, Tensor weight) -> Tensor",
     fake=lambda dy, weight: dy.new_empty((*dy.shape[:-1], weight.shape[1])),
 )
+_wgrad = define(
+    "linear_weight_grad(Tensor dy, Tensor x) -> Tensor",
+    fake=lambda dy, x: dy.new_empty((dy.shape[1], x.shape[1])),
+)
 register("linear_fwd", "reference", F.linear)
 register("linear_dgrad", "reference", dgrad)
+register("linear_weight_grad", "reference", wgrad)
 register_lazy(
     "linear_fwd",
     "cpu",
@@ -75,6 +96,13 @@ register_lazy(
     "linear_dgrad",
     "cpu",
     "megalite_kernels.native.linear:dgrad",
+    requires=NATIVE,
+    supports=native_supports,
+)
+register_lazy(
+    "linear_weight_grad",
+    "cpu",
+    "megalite_kernels.native.linear:wgrad",
     requires=NATIVE,
     supports=native_supports,
 )
@@ -107,6 +135,19 @@ def project_back(dy: Tensor, weight: Tensor) -> Tensor:
         [..., I] like dy.
     """
     return _dgrad(dy, weight) if dy.device.type == "cpu" else dy @ weight
+
+
+def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """`dy.T @ x`, the gradient of the weight of `project`, on the same terms.
+
+    Args:
+        dy: [T, O], any strides.
+        x: [T, I] like dy, any strides.
+
+    Returns:
+        [O, I] like dy.
+    """
+    return _wgrad(dy, x) if dy.device.type == "cpu" else dy.t() @ x
 
 
 def accumulate_(dy: Tensor, x: Tensor, main_grad: Tensor, add: bool = True) -> None:
@@ -150,6 +191,24 @@ def accumulate_weight_gradient(dy: Tensor, x: Tensor, main_grad: Tensor, *, add:
         add: if not, what main_grad holds is overwritten, which saves clearing and reading it.
     """
     _accumulate_(dy, x, main_grad, add)
+
+
+class _Linear(torch.autograd.Function):
+    """On CPUs; elsewhere torch's is left to compilers."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return project(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        flat = dy.reshape(-1, dy.shape[-1])
+        dx = project_back(dy, weight) if ctx.needs_input_grad[0] else None
+        dweight = weight_gradient(flat, x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
+        return dx, dweight, flat.sum(0) if ctx.needs_input_grad[2] else None
 
 
 class _MainGradLinear(torch.autograd.Function):

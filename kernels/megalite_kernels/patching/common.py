@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from megalite_kernels.ops.checks import FLOATS
@@ -78,12 +77,3 @@ def floats_named(module: nn.Module, word: str) -> Iterator[float]:
     for name, value in vars(module).items():
         if word in name and isinstance(value, float):
             yield value
-
-
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype where autocast is on, as torch does for its own products."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t.dtype in FLOATS[:3] else t for t in tensors)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from megalite_kernels.ops.autocast import autocast
 from megalite_kernels.ops.linear_cross_entropy import linear_cross_entropy
-from megalite_kernels.patching.common import autocast
 
 LOSS_OPTIONS = {"weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing"}
 
