@@ -102,7 +102,7 @@ class RankPool:
     def _start(self) -> None:
         if self._ranks:
             return
-        context = _context()
+        context = waiting_context()
         self._folder = tempfile.TemporaryDirectory(prefix="rank_pool_")
         for index in range(self.world_size):
             self._ranks.append(_Rank(context, index, self.world_size, Path(self._folder.name)))
@@ -187,7 +187,7 @@ class _Rank:
         return "(no stack could be read)"
 
 
-def _context() -> Any:
+def waiting_context() -> Any:
     """Forks of a server that has imported torch already (1 s for 8 ranks); spawned processes elsewhere.
 
     FSDP2 and what it imports at first use (Dynamo) take 1.8 s, which each of 14 ranks would spend.

@@ -1,16 +1,15 @@
 """The pool for large tensors: which addresses it gives, and what torch sees of it.
 
-Each check runs in an interpreter of its own, since a pool stays for the rest of a process.
+Each check runs in a process of its own, since a pool stays for the rest of a process; forked from one that has
+imported torch, which takes longer than a check.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
 from megalite_kernels import memory, pool
+from tests.helpers.processes import run_script
 
 pytestmark = pytest.mark.skipif(
     pool.library() is None, reason="the pool is not built: it needs Linux, a compiler and torch's headers"
@@ -27,11 +26,7 @@ def inside(tensor): return pool.owns(tensor.data_ptr())
 
 
 def run(code: str, *, install: str = "pool.install(64 * MB)") -> None:
-    script = f"{START}\nassert {install}\n{code}"
-    done = subprocess.run(
-        [sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
+    run_script(f"{START}\nassert {install}\n{code}")
 
 
 def test_only_large_tensors_come_from_the_pool() -> None:
