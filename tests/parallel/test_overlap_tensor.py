@@ -100,7 +100,7 @@ def column_backward_job(sequence: bool, early: str) -> None:
         assert_hidden(backward, "reduce_scatter", count=1)
     else:
         assert_hidden(backward, "all_reduce", count=1)
-    products = {"megalite.linear_fwd": 1, "megalite.linear_dgrad": 1}
+    products = {"megalite.linear_fwd": 1, "megalite.linear_weight_grad": 1}
     assert Counter(c.name for c in backward.computes) == products, backward
 
 
