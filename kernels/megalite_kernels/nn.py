@@ -69,7 +69,7 @@ class LayerNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """`linear` as a module: torch's Linear, on a CPU by the faster of two products."""
+    """`linear` as a module: torch's Linear, with the native library's products where they are faster."""
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""

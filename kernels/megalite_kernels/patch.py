@@ -22,15 +22,17 @@ causal and sliding window), with dropout while training, or when attention weigh
 (Hugging Face: the "sdpa" implementation without padding).
 
 Projections (torch's Linear, GPT-2's Conv1D, not what is derived from them) are replaced on CPUs only, where the native
-library multiplies faster than torch: everywhere in bf16 without AMX, in fp32 with it. Each call takes the faster one.
+library's rate, as measured for the CPU's instruction set and the dtype, is above torch's for one of the three products
+of a step. Each call then decides by its own sizes; under autocast it is the original.
 
 The loss: a model whose forward takes `labels` or `targets` gets it from `linear_cross_entropy` while it trains, without
 making logits. `output.logits` is then a `LazyLogits`, which computes them when it is used. In eval mode, and without
 targets, logits are tensors as before.
 
-Differences that remain: a mean loss over no token at all is 0 where torch gives NaN; `torch.func` transforms are not
-supported (the ops' gradients are autograd functions); `nn.DataParallel` can't gather `LazyLogits`
-(DistributedDataParallel has nothing to gather).
+Differences that remain: a mean loss over no token at all is 0 where torch gives NaN; there are first derivatives only,
+and no `torch.func` transforms (the ops' gradients are autograd functions); code that looks for a class itself and not
+for what is derived from it (`quantize_dynamic`) does not find a patched module, so it comes before; `nn.DataParallel`
+can't gather `LazyLogits` (DistributedDataParallel has nothing to gather).
 """
 
 from __future__ import annotations
@@ -282,6 +284,8 @@ class _Patcher:
         except check.MismatchError as mismatch:
             self._skip(name, module, "linear_cross_entropy", str(mismatch))
             return
+        head_name = f"{name}.{owner.head}" if name else owner.head
+        self._try(linear.propose(head), head_name, head)  # below lazy logits, for when they are wanted
         for target, spec in ((head, loss.HeadSpec()), (module, owner)):
             if spec not in swap.layers(target)[1]:  # a head may serve a model and one around it
                 swap.apply(target, spec)

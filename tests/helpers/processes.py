@@ -9,7 +9,7 @@ from tests.helpers.rank_pool import waiting_context
 
 
 def run_script(script: str, *, timeout: float = 120) -> None:
-    """Run `script` to its end; it finds no module of this project imported but this one.
+    """Run `script` to its end; it finds nothing of megalite and megalite_kernels imported.
 
     Raises:
         AssertionError: it raised, died, or took more than `timeout` seconds; with what it wrote to standard error.

@@ -45,18 +45,35 @@ def test_gradients_are_as_accurate_as_torchs(
         assert_as_accurate(*three, floor=4, name=name)  # one chain of float sums
 
 
+@cpu_only
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])
-def test_only_the_gradients_that_are_wanted_are_made(wanted: tuple[bool, ...]) -> None:
+def test_only_what_the_wanted_gradients_need_is_computed_and_kept(wanted: tuple[bool, ...]) -> None:
     leaves = [random(*s, seed=i) for i, s in enumerate([(5, 8), (3, 8), (3,)])]
     for leaf, want in zip(leaves, wanted, strict=True):
         leaf.requires_grad_(want)
     x, weight, bias = leaves
-    mk.linear(x, weight, bias=bias).square().sum().backward()
-    expected = [leaf.detach().clone().requires_grad_(leaf.requires_grad) for leaf in leaves]
-    F.linear(*expected).square().sum().backward()
-    for leaf, theirs in zip(leaves, expected, strict=True):
-        assert (leaf.grad is None) == (theirs.grad is None)
-        assert leaf.grad is None or torch.equal(leaf.grad, theirs.grad)
+    kept: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        y = mk.linear(x, weight, bias=bias)
+    with mk.backend.recording() as ran:
+        y.sum().backward()
+    expected = {0: ("linear_dgrad", weight.shape), 1: ("linear_weight_grad", x.shape), 2: (None, None)}
+    op, shape = expected[wanted.index(True)]
+    assert [choice.op for choice in ran] == [op] * (op is not None)
+    assert kept == [shape] * (op is not None)
+
+
+@cpu_only
+@pytest.mark.parametrize("frozen", ["x", "weight"])
+def test_what_is_not_kept_may_be_written(frozen: str) -> None:
+    """As with torch's own: a layer behind frozen weights writes over its input, or a weight is changed early."""
+    x, weight = random(5, 8), random(3, 8, seed=1)
+    (weight if frozen == "x" else x).requires_grad_()
+    given = x if frozen == "x" else x * 1
+    y = mk.linear(given, weight)
+    with torch.no_grad():
+        (weight if frozen == "x" else given).zero_()
+    y.sum().backward()
 
 
 @cpu_only
@@ -68,21 +85,65 @@ def test_a_second_derivative_is_refused() -> None:
 
 
 @cpu_only
-@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
-def test_autocast_decides_the_dtype_as_it_does_for_torchs(given: torch.dtype) -> None:
-    x, weight, bias = (random(*s, seed=i) for i, s in enumerate([(5, 8), (3, 8), (3,)]))
-    leaves = [x.requires_grad_(), weight.to(given).requires_grad_(), bias.requires_grad_()]
+def test_under_autocast_it_is_torchs_which_casts_a_weight_once() -> None:
+    x, weight, bias = (random(*s, seed=i).requires_grad_() for i, s in enumerate([(5, 8), (3, 8), (3,)]))
+    with mk.backend.recording() as ran, torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = mk.linear(x.bfloat16(), weight, bias=bias), F.linear(x, weight, bias)
+    assert ours.dtype == torch.bfloat16
+    assert torch.equal(ours, theirs)
+    assert not ran
+
+
+@cpu_only
+@pytest.mark.parametrize("size", [8, 384])
+def test_with_an_accumulator_the_dtype_is_the_inputs_under_autocast_too(size: int) -> None:
+    """Whoever makes the product: the smaller one is torch's, the larger the native library's where that is faster."""
+    x, weight, main_grad = (
+        random(size, size).requires_grad_(),
+        random(size, size, seed=1),
+        torch.zeros(size, size),
+    )
+    weight.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        ours, theirs = mk.linear(*leaves[:2], bias=leaves[2]), F.linear(*leaves)
-        with torch.no_grad():
-            alone = mk.linear(*leaves[:2], bias=leaves[2])
-    assert ours.dtype == theirs.dtype == alone.dtype == torch.bfloat16
-    torch.testing.assert_close(ours, theirs)
-    assert torch.equal(ours, alone)
-    gradients = [torch.autograd.grad(y.sum(), leaves) for y in (ours, theirs)]
-    for leaf, mine, their in zip(leaves, *gradients, strict=True):
-        assert mine.dtype == leaf.dtype
-        torch.testing.assert_close(mine, their)
+        y = mk.linear(x, weight, main_grad=main_grad)
+        y.sum().backward()
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, x @ weight.t(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(size, size), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(main_grad, x.sum(0).expand(size, size), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+@pytest.mark.parametrize(("features", "out"), [(0, 5), (5, 0), (0, 0), (4, 5)])
+def test_no_features_and_no_data(features: int, out: int, device: str) -> None:
+    x = torch.ones(2, 3, features, device=device, requires_grad=True)
+    weight = torch.ones(out, features, device=device, requires_grad=True)
+    accumulator = torch.ones(out, features, device=device)
+    for main_grad in (None, accumulator):
+        y = mk.linear(x, weight, main_grad=main_grad)
+        assert y.shape == (2, 3, out)
+        gradients = torch.autograd.grad(y.sum(), (x, weight) if main_grad is None else (x,))
+        assert [g.shape for g in gradients] == [x.shape, weight.shape][: len(gradients)]
+        if device == "cpu" and features == 0 < out:
+            assert not y.any()
+
+
+@cpu_only
+def test_sharded_tensors_stay_torchs(rank_pool: Any) -> None:
+    rank_pool(2).run(sharded_job)
+
+
+def sharded_job() -> None:
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2,))
+    x, weight = random(5, 8), random(4, 8, seed=1)
+    split = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
+    y = mk.linear(distribute_tensor(x, mesh, [Replicate()]), split)
+    assert isinstance(y, DTensor)
+    torch.testing.assert_close(y.full_tensor(), F.linear(x, weight))
+    y.sum().backward()
+    assert isinstance(split.grad, DTensor)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

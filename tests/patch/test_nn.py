@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from megalite_kernels import backend
 from megalite_kernels import nn as fused
 
 
@@ -36,7 +37,9 @@ def test_linear(bias):
     module, plain = fused.Linear(8, 5, bias=bias), nn.Linear(8, 5, bias=bias)
     plain.load_state_dict(module.state_dict())
     assert repr(module) == repr(plain)
-    assert torch.equal(module(x(3, 8)), plain(x(3, 8)))
+    with backend.recording() as ran:
+        assert torch.equal(module(x(3, 8)), plain(x(3, 8)))
+    assert [choice.op for choice in ran] == ["linear_fwd"]
 
 
 @pytest.mark.parametrize(

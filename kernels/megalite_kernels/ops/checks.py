@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether these are dense tensors of torch's own classes: no sharded, quantised, nested or sparse ones."""
+    return all(
+        t is None or (type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided and not t.is_nested)
+        for t in tensors
+    )
 
 
 def require_float(**tensors: Tensor) -> None:

@@ -12,7 +12,6 @@ from torch.autograd.function import once_differentiable
 from megalite_kernels._library import define
 from megalite_kernels.backend import register, register_lazy
 from megalite_kernels.ops import checks
-from megalite_kernels.ops.autocast import autocast
 from megalite_kernels.ops.linear_cross_entropy_local import check_main_grad
 from megalite_kernels.ops.native_support import NATIVE, native_accumulator_supports, native_supports
 from megalite_kernels.ops.triton_support import TRITON, triton_supports
@@ -21,17 +20,17 @@ from megalite_kernels.ops.triton_support import TRITON, triton_supports
 def linear(
     x: Tensor, weight: Tensor, *, bias: Tensor | None = None, main_grad: Tensor | None = None
 ) -> Tensor:
-    """`x @ weight.T + bias`; on a CPU each product by the native library where that is faster than torch's.
+    """`x @ weight.T + bias`; on a CPU by the native library where its products are the faster ones.
 
-    On other devices it is torch's own linear, unless there is a `main_grad`. Autocast converts what is given, but
-    not with a `main_grad`. First derivatives only.
+    Without `main_grad` it is torch's own linear on other devices, for tensors that are no plain ones (sharded, nested),
+    and under autocast, which keeps what it has converted. Elsewhere there are first derivatives only.
 
     Args:
         x: [..., I].
         weight: [O, I] like x.
         bias: [O] like weight, or None.
         main_grad: [O, I] fp32; if given, the backward adds `dy.T @ x` into it and `weight` itself gets no
-            gradient.
+            gradient. Autocast is not looked at then.
 
     Returns:
         [..., O] like x.
@@ -39,13 +38,10 @@ def linear(
     Raises:
         ValueError: shapes, dtypes or devices don't fit together.
 
-    Saved: x and weight.
+    Saved: x if the weight needs a gradient, weight if x does; both with `main_grad`.
     """
-    if main_grad is None and torch.is_autocast_enabled(x.device.type):
-        if x.device.type != "cpu":
-            return F.linear(x, weight, bias)  # there torch casts a weight once for all its uses
-        x, weight = autocast(x, weight)
-        bias = None if bias is None else autocast(bias)[0]
+    if main_grad is None and not _may_be_ours(x, weight, bias):
+        return F.linear(x, weight, bias)
     checks.require_float(x=x, weight=weight)
     checks.require_shape(weight, (weight.shape[0], x.shape[-1]), "weight", f"x with {x.shape[-1]} features")
     checks.require_same_kind(weight, x, "weight", "x")
@@ -53,11 +49,16 @@ def linear(
         checks.require_shape(bias, (weight.shape[0],), "bias", f"weight with {weight.shape[0]} rows")
         checks.require_same_kind(bias, weight, "bias", "weight")
     if main_grad is None:
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-            return _Linear.apply(x, weight, bias) if x.device.type == "cpu" else F.linear(x, weight, bias)
-        return project(x, weight, bias)
+        wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+        return _Linear.apply(x, weight, bias) if wanted else project(x, weight, bias)
     check_main_grad(main_grad, weight)
     return _MainGradLinear.apply(x, weight, bias, main_grad)
+
+
+def _may_be_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return (
+        x.device.type == "cpu" and checks.is_plain(x, weight, bias) and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def dgrad(dy: Tensor, weight: Tensor) -> Tensor:
@@ -121,7 +122,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         [..., O] like x.
     """
-    return _fwd(x, weight, bias) if x.device.type == "cpu" else F.linear(x, weight, bias)
+    return _as_given(_fwd, x, weight, bias) if x.device.type == "cpu" else F.linear(x, weight, bias)
 
 
 def project_back(dy: Tensor, weight: Tensor) -> Tensor:
@@ -134,7 +135,7 @@ def project_back(dy: Tensor, weight: Tensor) -> Tensor:
     Returns:
         [..., I] like dy.
     """
-    return _dgrad(dy, weight) if dy.device.type == "cpu" else dy @ weight
+    return _as_given(_dgrad, dy, weight) if dy.device.type == "cpu" else dy @ weight
 
 
 def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
@@ -147,7 +148,15 @@ def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     Returns:
         [O, I] like dy.
     """
-    return _wgrad(dy, x) if dy.device.type == "cpu" else dy.t() @ x
+    return _as_given(_wgrad, dy, x) if dy.device.type == "cpu" else dy.t() @ x
+
+
+def _as_given(product: Any, *factors: Tensor | None) -> Tensor:
+    """The product in the dtype of its factors; where it is torch's after all, autocast would change that."""
+    if not torch.is_autocast_enabled("cpu"):
+        return product(*factors)
+    with torch.autocast("cpu", enabled=False):
+        return product(*factors)
 
 
 def accumulate_(dy: Tensor, x: Tensor, main_grad: Tensor, add: bool = True) -> None:
@@ -193,21 +202,32 @@ def accumulate_weight_gradient(dy: Tensor, x: Tensor, main_grad: Tensor, *, add:
     _accumulate_(dy, x, main_grad, add)
 
 
+def _matrix(t: Tensor) -> Tensor:
+    """[..., I] as [T, I]; the features may be none, whose number `reshape(-1, I)` could not tell."""
+    return t.unsqueeze(0) if t.dim() == 1 else t if t.dim() == 2 else t.flatten(0, -2)
+
+
 class _Linear(torch.autograd.Function):
     """On CPUs; elsewhere torch's is left to compilers."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
+        # As GPT-2's Conv1D gives it. Its gradient comes in the same order, which saves who keeps it a copy.
+        ctx.transposed = weight.stride(0) == 1 and weight.stride(1) > 1
         return project(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        flat = dy.reshape(-1, dy.shape[-1])
-        dx = project_back(dy, weight) if ctx.needs_input_grad[0] else None
-        dweight = weight_gradient(flat, x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
+        flat, dx, dweight = _matrix(dy), None, None
+        if weight is not None:
+            dx = project_back(dy, weight)
+        if x is not None:
+            x = _matrix(x)
+            dweight = weight_gradient(x, flat).t() if ctx.transposed else weight_gradient(flat, x)
         return dx, dweight, flat.sum(0) if ctx.needs_input_grad[2] else None
 
 
@@ -221,8 +241,8 @@ class _MainGradLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        flat = dy.reshape(-1, dy.shape[-1])
+        flat = _matrix(dy)
         dx = project_back(dy, weight) if ctx.needs_input_grad[0] else None
         if ctx.needs_input_grad[1]:
-            _accumulate_(flat, x.reshape(-1, x.shape[-1]), ctx.main_grad, True)
+            _accumulate_(flat, _matrix(x), ctx.main_grad, True)
         return dx, None, flat.sum(0) if ctx.has_bias else None, None

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from megalite_kernels.ops.attention import attention
-from megalite_kernels.ops.autocast import autocast
 from megalite_kernels.ops.rope import rope
-from megalite_kernels.patching.common import plain
+from megalite_kernels.patching.common import autocast, plain
 from megalite_kernels.patching.masks import is_plain_causal
 from megalite_kernels.patching.rebind import Replace, methods_behind_forward, rebind, torch_namespace
 from megalite_kernels.patching.swap import Methods, Spec

@@ -6,9 +6,10 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
-from megalite_kernels.ops.checks import FLOATS
+from megalite_kernels.ops.checks import FLOATS, is_plain
 from megalite_kernels.patching.check import Inputs
 from megalite_kernels.patching.swap import Spec
 
@@ -35,7 +36,7 @@ class Proposal:
 
 def plain(*tensors: Tensor | None) -> bool:
     """Whether these are tensors of torch's own kinds and of dtypes the ops take: no sharded or quantised ones."""
-    return all(t is None or (type(t) in (Tensor, nn.Parameter) and t.dtype in FLOATS) for t in tensors)
+    return is_plain(*tensors) and all(t is None or t.dtype in FLOATS for t in tensors)
 
 
 def features(module: nn.Module) -> tuple[int, int] | None:
@@ -77,3 +78,12 @@ def floats_named(module: nn.Module, word: str) -> Iterator[float]:
     for name, value in vars(module).items():
         if word in name and isinstance(value, float):
             yield value
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where autocast is on, as torch does for its own products."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.dtype in FLOATS[:3] else t for t in tensors)

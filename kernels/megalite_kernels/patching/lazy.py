@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megalite_kernels.ops.autocast import autocast
+from megalite_kernels.ops.linear import linear
 from megalite_kernels.ops.linear_cross_entropy import linear_cross_entropy
+from megalite_kernels.patching.common import autocast
 
 LOSS_OPTIONS = {"weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing"}
 
@@ -42,7 +43,7 @@ class LazyLogits:
     def materialize(self) -> Tensor:
         """The logits as a tensor, computed on first use."""
         if self._value is None:
-            value = functional.linear(self._hidden, self._weight, self._bias).to(self._dtype)
+            value = linear(self._hidden, self._weight, bias=self._bias).to(self._dtype)
             for step, number in self._steps:
                 value = (
                     torch.tanh(value)

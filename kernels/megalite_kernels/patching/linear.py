@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from megalite_kernels.backend import choose
 from megalite_kernels.ops.linear import linear
-from megalite_kernels.patching.check import Inputs, random_input
+from megalite_kernels.patching.check import random_input
 from megalite_kernels.patching.common import Proposal, plain
 from megalite_kernels.patching.loss import HeadSpec
 from megalite_kernels.patching.swap import Methods, Spec, layers, one_input
@@ -22,6 +22,8 @@ TOKENS = 2048
 """Rows for which the products are asked after; each call then decides for its own."""
 
 ROWS = 17
+"""Of the check: enough to tell another function, and in float32 too few for the native library, whose accuracy the ops'
+own tests hold."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,19 @@ class LinearSpec(Spec):
     def methods(self, cls: type[nn.Module]) -> Methods:
         def project(module: nn.Module, x: Tensor) -> Tensor | None:
             weight, bias = module.weight, getattr(module, "bias", None)
-            if not plain(x, weight, bias) or x.device.type != "cpu":  # type: ignore[arg-type]
+            if not _fits(x, weight.t() if self.transposed else weight, bias):  # type: ignore[operator,arg-type]
                 return None
-            dtypes = {t.dtype for t in (x, weight, bias) if t is not None}
-            if len(dtypes) > 1 and not torch.is_autocast_enabled("cpu"):
-                return None  # torch's own error
             return linear(x, weight.t() if self.transposed else weight, bias=bias)  # type: ignore[operator,arg-type]
 
         return {"forward": one_input(project, cls.forward)}
+
+
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `linear` takes the call; the original gives its own error, and under autocast keeps converted weights."""
+    if not plain(x, weight, bias) or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    dtypes = {t.dtype for t in (x, weight, bias) if t is not None}
+    return x.shape[-1:] == weight.shape[1:] and len(dtypes) == 1 and weight.device == x.device
 
 
 def propose(module: nn.Module) -> Proposal | None:
@@ -51,6 +58,7 @@ def propose(module: nn.Module) -> Proposal | None:
     weight = getattr(module, "weight", None)
     if (cls is not nn.Linear and not transposed) or not isinstance(weight, Tensor) or not plain(weight):
         return None
+    # Over a head that gives lazy logits it would make them; patch puts it below (`_head`).
     if HeadSpec() in specs or weight.device.type != "cpu" or not gains(weight):
         return None
     features = weight.shape[0 if transposed else 1]
@@ -58,8 +66,7 @@ def propose(module: nn.Module) -> Proposal | None:
     def inputs(dtype: torch.dtype) -> tuple[tuple[Tensor], dict[str, object]]:
         return (random_input(module, 1, ROWS, features).bfloat16().to(dtype),), {}
 
-    call: Inputs = inputs
-    return Proposal("linear", (LinearSpec(transposed),), (call,), quiet=True)
+    return Proposal("linear", (LinearSpec(transposed),), (inputs,), quiet=True)
 
 
 def gains(weight: Tensor) -> bool:
@@ -67,12 +74,17 @@ def gains(weight: Tensor) -> bool:
     if weight.numel() < LEAST_WEIGHT:
         return False
     probe = weight.new_empty(1, 1)
-    if choose("linear_fwd", "cpu", (probe, probe, None)) is functional.linear:
+    try:
+        chosen = choose("linear_fwd", "cpu", (probe, probe, None))
+    except ValueError:  # a back-end is forced that has no product
         return False
-    from megalite_kernels.native.linear import (
-        wins,  # needs the library, which is there if its product is chosen
-    )
+    if chosen is functional.linear:
+        return False
+    from megalite_kernels.native.linear import wins, wins_weight_gradient  # needs the library, which is there
 
     (rows, cols), dtype = weight.shape, weight.dtype
-    sizes = ((TOKENS, rows, cols), (TOKENS, cols, rows), (rows, cols, TOKENS))
-    return dtype != torch.float32 or any(wins(dtype, *size) for size in sizes)
+    return (
+        wins(dtype, TOKENS, rows, cols)
+        or wins(dtype, TOKENS, cols, rows)
+        or wins_weight_gradient(dtype, rows, cols, TOKENS)
+    )
