@@ -19,7 +19,7 @@ LEAST_PRODUCT = 1 << 25
 """M N K below which calling us costs as much as it saves (256 x 256 x 512; measured on Zen 4)."""
 
 LEAST_ROWS_WIDENED = 4
-"""The same for bf16 with AVX2 alone: with one row ours has half of torch's rate, with four 1.4-2.2 times."""
+"""The same for bf16 with AVX2 alone: with one row forward has half of torch's rate, with four 1.4-2.2 times."""
 
 
 def wins(dtype: torch.dtype, rows: int, cols: int, inner: int) -> bool:
@@ -33,8 +33,9 @@ def wins(dtype: torch.dtype, rows: int, cols: int, inner: int) -> bool:
     0.7-1.05 of oneDNN's rate. In one run steps of llama-60m took 561 ms with this rule, 583 with ours everywhere, 571
     with ours for results four times as wide only; other runs order the last two the other way.
 
-    With AVX2 alone oneDNN has no fast product of bf16: one Zen 3 core ran ours, which widens the numbers while it
-    packs them, at 1.4-2.2 times its rate with 4 rows, 5.6-12 times from 64 rows on. In fp32 ours there has 1.02-1.4
+    With AVX2 alone torch has no fast product of bf16: one Zen 3 core ran ours, which widens the numbers while it packs
+    them, at 1.1-10 times its rate with 4 rows, 2.9-62 times with 512 (the least for weight gradients, the most for
+    dgrad, whose right factor torch reads across its rows). In fp32 ours there has 1.02-1.4
     times torch's rate over the products of both models.
     """
     isa = _C.isa_name()
