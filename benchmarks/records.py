@@ -97,9 +97,14 @@ def throughput_key(record: Record) -> tuple[Hashable, ...]:
     return (*(record[field] for field in fields), machine_of(record))
 
 
-def throughput(folder: Path) -> list[Record]:
-    """The newest throughput record of each key."""
+def throughput(folder: Path, *, repeated: bool = False) -> list[Record]:
+    """The newest throughput record of each key; `repeated`: of those with more than one measured step.
+
+    One step, where a peer's takes minutes, shows its memory: for a plot of speeds, or to be measured again, it is not.
+    """
     records = [r for r in read(folder / THROUGHPUT) if r.get("benchmark") == "throughput"]
+    if repeated:
+        records = [r for r in records if r["rounds"] * r["steps_per_round"] > 1]
     return list(newest(records, throughput_key).values())
 
 

@@ -28,7 +28,7 @@ def pictures(results: Path) -> dict[Path, list[Record]]:
     CPUs of one name with other instruction sets are other devices.
     """
     found: dict[Path, list[Record]] = {}
-    for record in throughput(results):
+    for record in throughput(results, repeated=True):
         machine = machine_of(record)
         name = re.sub(r"[^a-z0-9]+", "-", f"{machine.device} {machine.isa}".lower()).strip("-")
         found.setdefault(results / f"throughput_{name}.png", []).append(record)

@@ -109,6 +109,14 @@ def test_only_the_strongest_peers_run_again(results: Path) -> None:
     )
 
 
+def test_a_single_step_is_nothing_to_compare_with(tmp_path: Path) -> None:
+    """A peer's may take minutes: it was recorded for its memory."""
+    write(tmp_path / "throughput.jsonl", [throughput_record(rounds=1, steps_per_round=1)])
+    measure, asked = measuring(trained(1208))
+    assert main(["--results", str(tmp_path), "--ops", ""], measure, HERE) == 0
+    assert not asked
+
+
 def test_the_recorded_spread_widens_the_limit(tmp_path: Path) -> None:
     for spread, code in ((0.02, 4), (0.18, 0), (3.0, 4)):  # by 30 % at most
         folder = tmp_path / str(spread)

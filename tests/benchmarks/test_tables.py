@@ -200,6 +200,18 @@ def test_the_plot_is_drawn_again_when_its_records_change(tmp_path: Path) -> None
     assert path in tables.stale_plots(tmp_path)
 
 
+def test_one_step_is_in_a_table_and_in_no_plot(tmp_path: Path) -> None:
+    """It shows memory; the speeds of an older record stay in the plot."""
+    once = {"rounds": 1, "steps_per_round": 1}
+    older = throughput_record({"megalite": 600.0, "litgpt": 500.0})
+    runs = [older, throughput_record({"megalite": 77.0}, **once), throughput_record(precision="fp32", **once)]
+    write(tmp_path / "throughput.jsonl", runs)
+    assert list(throughput_plot.pictures(tmp_path).values()) == [[older]]
+    text = tables.render("<!-- benchmarks: throughput -->\n<!-- end -->", tmp_path, ".")
+    assert "| **`megalite`** | 77 |" in text
+    assert "| **`megalite`** | 600 |" not in text
+
+
 def test_records(tmp_path: Path) -> None:
     write(tmp_path / "throughput.jsonl", [throughput_record(), throughput_record(threads=1)])
     machines = [machine_of(record) for record in throughput(tmp_path)]
