@@ -31,8 +31,9 @@ targets, logits are tensors as before.
 
 Differences that remain: a mean loss over no token at all is 0 where torch gives NaN; there are first derivatives only,
 and no `torch.func` transforms (the ops' gradients are autograd functions); code that looks for a class itself and not
-for what is derived from it (`quantize_dynamic`) does not find a patched module, so it comes before; `nn.DataParallel`
-can't gather `LazyLogits` (DistributedDataParallel has nothing to gather).
+for what is derived from it (`quantize_dynamic`) does not find a patched module, so it comes before; torch's
+`FlopCounterMode` does not count the ops; `nn.DataParallel` can't gather `LazyLogits` (DistributedDataParallel has
+nothing to gather).
 """
 
 from __future__ import annotations
