@@ -17,7 +17,7 @@ from benchmarks.peers.job import Job
 
 ROOT = Path(__file__).resolve().parents[2]
 ANSWER_LIMIT_S = 3600.0
-"""Of steps and of getting ready: torch's bf16 products with AVX2 alone make a step of gpt2-124m take 13 minutes."""
+"""Of steps and of getting ready: torch's bf16 products with AVX2 alone make a step of gpt2-124m take 19 minutes."""
 
 
 class WorkerError(RuntimeError):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megalite_kernels.ops.linear import accumulate_weight_gradient, weight_gradient
+from megalite_kernels.ops.linear import accumulate_weight_gradient, matrix, weight_gradient
 
 
 class WeightQueue:
@@ -142,11 +142,6 @@ class _Announce(torch.autograd.Function):
         for sink in ctx.sinks:
             sink.added()
         return dx, None
-
-
-def matrix(x: Tensor) -> Tensor:
-    """x [..., I] as [T, I]; not a view of what is one (20 us of code, out of the caches after a kernel)."""
-    return x if x.dim() == 2 else x.flatten(0, -2)
 
 
 def add_weight_gradient(sink: GradientSink | None, dy: Tensor, x: Tensor) -> Tensor | None:

@@ -20,11 +20,11 @@ from torch.nn import functional as F
 import megalite_kernels as kernels
 from megalite.parallel.chunked import gather_product, product_scatter, product_sum
 from megalite.parallel.collectives import reduce_from, reduce_scatter_to, start_all_gather, wait
-from megalite.parallel.gradients import GradientSink, add_weight_gradient, get_sink, matrix
+from megalite.parallel.gradients import GradientSink, add_weight_gradient, get_sink
 from megalite.parallel.handover import Handover
 from megalite.parallel.mesh import ALONE, Axis
 from megalite_kernels.ops.embedding import accumulate_embedding_gradient
-from megalite_kernels.ops.linear import project, project_back
+from megalite_kernels.ops.linear import matrix, project, project_back
 
 
 @dataclass(frozen=True, slots=True)

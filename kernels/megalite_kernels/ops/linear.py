@@ -40,7 +40,7 @@ def linear(
 
     Saved: x if the weight needs a gradient, weight if x does; both with `main_grad`.
     """
-    if main_grad is None and not _may_be_ours(x, weight, bias):
+    if main_grad is None and not may_be_ours(x, weight, bias):
         return F.linear(x, weight, bias)
     checks.require_float(x=x, weight=weight)
     checks.require_shape(weight, (weight.shape[0], x.shape[-1]), "weight", f"x with {x.shape[-1]} features")
@@ -55,7 +55,8 @@ def linear(
     return _MainGradLinear.apply(x, weight, bias, main_grad)
 
 
-def _may_be_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def may_be_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `linear` without `main_grad` is more than torch's own for these."""
     return (
         x.device.type == "cpu" and checks.is_plain(x, weight, bias) and not torch.is_autocast_enabled("cpu")
     )
@@ -202,9 +203,12 @@ def accumulate_weight_gradient(dy: Tensor, x: Tensor, main_grad: Tensor, *, add:
     _accumulate_(dy, x, main_grad, add)
 
 
-def _matrix(t: Tensor) -> Tensor:
-    """[..., I] as [T, I]; the features may be none, whose number `reshape(-1, I)` could not tell."""
-    return t.unsqueeze(0) if t.dim() == 1 else t if t.dim() == 2 else t.flatten(0, -2)
+def matrix(x: Tensor) -> Tensor:
+    """x [..., I] as [T, I]; not a view of what is one (20 us of code, out of the caches after a kernel).
+
+    `reshape(-1, I)` would not do: of no features it can't tell the number of rows.
+    """
+    return x if x.dim() == 2 else x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
 
 
 class _Linear(torch.autograd.Function):
@@ -222,11 +226,11 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        flat, dx, dweight = _matrix(dy), None, None
+        flat, dx, dweight = matrix(dy), None, None
         if weight is not None:
             dx = project_back(dy, weight)
         if x is not None:
-            x = _matrix(x)
+            x = matrix(x)
             dweight = weight_gradient(x, flat).t() if ctx.transposed else weight_gradient(flat, x)
         return dx, dweight, flat.sum(0) if ctx.needs_input_grad[2] else None
 
@@ -241,8 +245,8 @@ class _MainGradLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        flat = _matrix(dy)
+        flat = matrix(dy)
         dx = project_back(dy, weight) if ctx.needs_input_grad[0] else None
         if ctx.needs_input_grad[1]:
-            _accumulate_(flat, _matrix(x), ctx.main_grad, True)
+            _accumulate_(flat, matrix(x), ctx.main_grad, True)
         return dx, None, flat.sum(0) if ctx.has_bias else None, None

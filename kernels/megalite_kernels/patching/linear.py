@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megalite_kernels.backend import choose
-from megalite_kernels.ops.linear import linear
+from megalite_kernels.ops.linear import linear, may_be_ours
 from megalite_kernels.patching.check import random_input
 from megalite_kernels.patching.common import Proposal, plain
 from megalite_kernels.patching.loss import HeadSpec
@@ -35,20 +35,19 @@ class LinearSpec(Spec):
 
     def methods(self, cls: type[nn.Module]) -> Methods:
         def project(module: nn.Module, x: Tensor) -> Tensor | None:
-            weight, bias = module.weight, getattr(module, "bias", None)
-            if not _fits(x, weight.t() if self.transposed else weight, bias):  # type: ignore[operator,arg-type]
-                return None
-            return linear(x, weight.t() if self.transposed else weight, bias=bias)  # type: ignore[operator,arg-type]
+            weight: Tensor = module.weight.t() if self.transposed else module.weight  # type: ignore[operator,assignment]
+            bias = getattr(module, "bias", None)
+            return linear(x, weight, bias=bias) if _fits(x, weight, bias) else None
 
         return {"forward": one_input(project, cls.forward)}
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `linear` takes the call; the original gives its own error, and under autocast keeps converted weights."""
-    if not plain(x, weight, bias) or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-        return False
     dtypes = {t.dtype for t in (x, weight, bias) if t is not None}
-    return x.shape[-1:] == weight.shape[1:] and len(dtypes) == 1 and weight.device == x.device
+    if len(dtypes) > 1 or weight.device != x.device or not may_be_ours(x, weight, bias):
+        return False
+    return x.shape[-1:] == weight.shape[1:]
 
 
 def propose(module: nn.Module) -> Proposal | None:
