@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from benchmarks.peers.job import Job
 from megalite.config import ModelConfig
 from megalite_kernels.ops.linear import project, project_back
+from megalite_kernels.products import OURS, TORCH, fast_products
 
 SQUARES = (2048, 4096)
 
@@ -51,31 +51,25 @@ def own_product(left: Tensor, right: Tensor, kind: str) -> Callable[[], object]:
 
 
 class Gemms:
-    """Measures every product once a call, by torch and on CPUs by this library; remembers the best of each.
-
-    Who once had less than a quarter of the other's rate is not asked again.
-    """
+    """Measures every product once a call, by torch and on CPUs by this library; remembers the best of each."""
 
     def __init__(self, job: Job) -> None:
         self.dtype = torch.float32 if job.precision == "fp32" else torch.bfloat16
         self.device, self.job = job.device, job
         self.best: dict[str, float] = {}
-        self._hopeless: set[int] = set()
+        self._fast = fast_products(self.dtype, self.device)
 
     def measure(self) -> dict[str, float]:
         """Name → best rate so far, TFLOP/s."""
         tokens = self.job.micro_batch_size * self.job.seq_length
         for name, (m, n, k, kind) in products(self.job.model, tokens).items():
             left, right = self._operands(m, n, k, kind)
-            out = torch.empty(m, n, dtype=self.dtype, device=self.device)
-            calls: list[Callable[[], object]] = [partial(torch.mm, left, right, out=out)]
-            if self.device == "cpu":
+            calls: list[Callable[[], object]] = []
+            if TORCH in self._fast:
+                calls.append(self._fast[TORCH](left, right))
+            if OURS in self._fast:
                 calls.append(own_product(left, right, kind))
-            asked = [number for number in range(len(calls)) if number not in self._hopeless]
-            rates = {number: self._rate(calls[number], 2 * m * n * k) for number in asked}
-            best = max(rates.values())
-            # torch's bf16 takes several times as long as ours where a CPU has AVX2 alone, and minutes for all shapes.
-            self._hopeless |= {number for number, rate in rates.items() if rate < best / 4}
+            best = max(self._rate(call, 2 * m * n * k) for call in calls)
             self.best[name] = max(self.best.get(name, 0.0), best)
         return self.best
 

@@ -190,30 +190,8 @@ def copy_of(total_bytes: int, device: str = "cpu") -> Callable[[], object]:
     return lambda: target.copy_(source)
 
 
-def product_of(size: int, dtype: torch.dtype, device: str = "cpu") -> Callable[[], object]:
-    """A matrix product of two `size` x `size` matrices, 2 size^3 FLOPs.
-
-    Random numbers: zeros and constants draw less power and flatter the figure.
-    """
-    generator = torch.Generator(device=device).manual_seed(0)
-    left, right = (torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2))
-    out = torch.empty(size, size, dtype=dtype, device=device)
-    return lambda: torch.mm(left, right, out=out)
-
-
 def copy_bandwidth(device: str = "cpu", *, budget_s: float = 0.5) -> float:
     """Best rate of a copy that doesn't fit the last-level cache, in bytes per second, reads and writes."""
     total = 8 * last_level_cache_bytes(device)
     timing = measure({"copy": copy_of(total, device)}, device=device, budget_s=budget_s)["copy"]
     return total / (timing.best_ms / 1e3)
-
-
-def gemm_peak(dtype: torch.dtype, device: str = "cpu", *, budget_s: float = 0.5) -> float:
-    """Best rate of square matrix products on this device, in FLOP per second."""
-    sizes = (4096, 8192) if device == "cuda" else (1024, 2048)
-    best = 0.0
-    for size in sizes:
-        product = product_of(size, dtype, device)
-        timing = measure({"mm": product}, device=device, budget_s=budget_s / len(sizes))["mm"]
-        best = max(best, 2 * size**3 / (timing.best_ms / 1e3))
-    return best

@@ -26,13 +26,14 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from megalite.config import ModelConfig
 from megalite.errors import UserError
 from megalite.layers.recompute import Recompute
 from megalite_kernels.ops import fp8
 from megalite_kernels.ops.fp8_linear import Scaling
-from megalite_kernels.ops.linear import project
+from megalite_kernels.products import Product, fast_products, square_products
 from megalite_kernels.scaled_mm import lacks_fp8
 
 DENSE_BF16_PEAK_TFLOPS = {
@@ -188,19 +189,13 @@ def measure_gemm_tflops(device: torch.device, dtype: torch.dtype, *, budget_s: f
     Inputs are random normal: zeros and constants draw less power and flatter the figure. Products follow each
     other until `budget_s` is used; the best one counts, since a shared machine only ever slows one down.
     """
-    generator = torch.Generator(device=device).manual_seed(0)
-    best, one = 0.0, torch.ones((), device=device)
+    best = 0.0
     deadline = time.perf_counter() + budget_s
+    makers: dict[str, Product] = {"fp8": _by_fp8} if dtype == fp8.E4M3 else fast_products(dtype, device)
     for size in (1024, 2048, 4096):
         if best and 2 * size**3 / (best * 1e12) > deadline - time.perf_counter():
             break
-        a, b = (torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2))
-        if dtype == fp8.E4M3:
-            products = [partial(fp8.product, a, one, b, one, None, torch.bfloat16)]
-        else:
-            products = [partial(torch.mm, a, b, out=torch.empty(size, size, dtype=dtype, device=device))]
-            if device.type == "cpu":
-                products.append(partial(project, a, b))
+        products = square_products(size, dtype, device, makers).values()
         for multiply in products:
             _timed(multiply, device)
         for _ in range(20):
@@ -208,6 +203,11 @@ def measure_gemm_tflops(device: torch.device, dtype: torch.dtype, *, budget_s: f
             if time.perf_counter() > deadline:
                 break
     return best
+
+
+def _by_fp8(left: Tensor, right: Tensor) -> Callable[[], object]:
+    one = torch.ones((), device=left.device)
+    return partial(fp8.product, left, one, right, one, None, torch.bfloat16)
 
 
 def _timed(multiply: Callable[[], object], device: torch.device) -> float:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +38,7 @@ from megalite.train.waterfall_clock import (
     transit_ms,
 )
 from megalite.train.waterfall_ops import Sizes
-from megalite_kernels.ops.linear import project
+from megalite_kernels.products import fast_products
 from megalite_kernels.timing import copy_bandwidth, measure
 
 GPU_BLOCK = 4
@@ -274,7 +273,7 @@ def _measure_machine(session: Session) -> Machine:
 def product_rates(config: RunConfig, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """TFLOP/s of matrix products by shape (M x N x K): two squares, and those of the model's layers.
 
-    By torch, and on CPUs by this library too.
+    x @ w.T as a layer's forward pass makes it, of random numbers, by torch, and on CPUs by this library too.
     """
     model, tp = config.model, config.parallel.tp
     tokens = config.train.micro_batch_size * config.train.seq_length // config.parallel.cp
@@ -285,23 +284,14 @@ def product_rates(config: RunConfig, device: torch.device, dtype: torch.dtype) -
         (2048, 2048, 2048), (4096, 4096, 4096), (tokens, qkv, hidden), (tokens, hidden, queries),
         (tokens, ffn * (2 if model.gated else 1), hidden), (tokens, hidden, ffn), (tokens, hidden, qkv),
     ]  # fmt: skip
+    generator = torch.Generator(device=device).manual_seed(0)
+    makers = fast_products(dtype, device)
     products: dict[str, Callable[[], object]] = {}
     flops: dict[str, float] = {}
     for m, n, k in dict.fromkeys(shapes):
-        for by, multiply in _products(m, n, k, device, dtype).items():
-            products[f"{m} x {n} x {k}{by}"], flops[f"{m} x {n} x {k}{by}"] = multiply, 2.0 * m * n * k
+        x, w = (torch.randn(s, generator=generator, device=device).to(dtype) for s in ((m, k), (n, k)))
+        for by, product in makers.items():
+            name = f"{m} x {n} x {k} by {by}"
+            products[name], flops[name] = product(x, w.t()), 2.0 * m * n * k
     timings = measure(products, rounds=8, device=device.type, budget_s=PEAK_BUDGET_S)
     return {name: flops[name] / timing.best_ms / 1e9 for name, timing in timings.items()}
-
-
-def _products(
-    m: int, n: int, k: int, device: torch.device, dtype: torch.dtype
-) -> dict[str, Callable[[], object]]:
-    """x @ w.T as a layer's forward pass makes it, of random numbers, by who makes it."""
-    generator = torch.Generator(device=device).manual_seed(0)
-    x, w = (torch.randn(s, generator=generator, device=device).to(dtype) for s in ((m, k), (n, k)))
-    out = torch.empty(m, n, device=device, dtype=dtype)
-    products: dict[str, Callable[[], object]] = {"": partial(torch.mm, x, w.t(), out=out)}
-    if device.type == "cpu":
-        products[", own kernel"] = partial(project, x, w)
-    return products

@@ -10,7 +10,7 @@ import torch
 from megalite_kernels import backend
 from megalite_kernels.cases import CASES
 from megalite_kernels.speed import BOTH, COPY, EAGER, FORWARD, OURS, PRODUCT, measure_case
-from megalite_kernels.timing import cache_sweep, copy_bandwidth, copy_of, device_name, gemm_peak, measure
+from megalite_kernels.timing import cache_sweep, copy_bandwidth, copy_of, device_name, measure
 
 
 def test_a_short_function_is_called_several_times_a_sample() -> None:
@@ -49,7 +49,6 @@ def test_yardsticks(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # not 0.3 GB
     assert "cores)" in device_name()
     assert 1e8 < copy_bandwidth(budget_s=0.0) < 1e12
-    assert 1e8 < gemm_peak(torch.float32, budget_s=0.0) < 1e14
     cache_sweep()()
     copy_of(64)()
 
