@@ -37,6 +37,9 @@ def print_bench(console: Console, result: Bench, facts: Mapping[str, Any]) -> No
         console.print(f"[bold]{name:<7}[/]{text}", soft_wrap=True)
     if result.waterfall is not None:
         _print_waterfall(console, result.waterfall)
+        if agreement_problems(result.waterfall):
+            vary = f"plain steps vary by {(high - low) / p50:.0%} here (p10 to p90)"
+            console.print(f"{vary}: where that is much, more --rounds average it out", soft_wrap=True)
 
 
 _CLOCKS = {"wall": "wall clock", "process": "CPU time of the process", "events": "events on the GPU"}

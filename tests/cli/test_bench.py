@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from megalite.cli.bench_table import print_bench
 from megalite.cli.main import main
 from megalite.errors import ExitCode
 from megalite.train import setup, waterfall_run
-from megalite.train.flops import Precision
+from megalite.train.flops import Precision, flops_per_token
 from megalite.train.report import write_report
-from megalite.train.waterfall import LABELS, Machine
+from megalite.train.waterfall import LABELS, Machine, StepTimes, build_waterfall
+from megalite.train.waterfall_run import Bench
 from tests.helpers.fake_run import write_fake_run
 from tests.helpers.runs import run, write_config
 from tests.helpers.tiny import tiny_values
+from tests.parallel.layouts import MODELS
 
 
 @pytest.fixture
@@ -81,6 +86,28 @@ def test_waterfall_in_every_form(
     del record["benchmark"]
     kept = json.loads((folder / "waterfall.json").read_text(encoding="utf-8"))
     assert kept["parts"] == record["parts"]
+
+
+def test_a_waterfall_that_does_not_add_up_is_told_how_steady_the_steps_were(capsys) -> None:
+    bench = Bench(
+        tokens_per_step=1000, tokens_per_s=1e4, mfu_causal=0.5, mfu_full=0.6, step_ms=(90.0, 100.0, 130.0),
+        measured_steps=4, losses=(), machine=Machine(peak_tflops=0.1, peak_source="made up", copy_bytes_per_s=1e9),
+        clock="wall",
+    )  # fmt: skip
+    times = StepTimes(
+        90.0, 0.0, dict.fromkeys((key for key in LABELS if key != "unexplained"), 0.0) | {"gemm": 90.0}
+    )
+    facts = {
+        "layout": {}, "machine": {}, "precision": {"chosen": "fp32"}, "name": "made up", "seq_length": 8
+    }  # fmt: skip
+    for step, told in ((91.0, False), (100.0, True)):
+        waterfall = build_waterfall(
+            times, step, flops=flops_per_token(MODELS["llama"], 32), tokens=1, machine=bench.machine
+        )
+        print_bench(Console(width=200), dataclasses.replace(bench, waterfall=waterfall), facts)
+        printed = capsys.readouterr().out
+        assert ("plain steps vary by 40% here (p10 to p90)" in printed) == told
+        assert ("of the step is unexplained" in printed) == told
 
 
 @pytest.mark.parametrize(
