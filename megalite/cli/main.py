@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import sys
 import traceback
 
 from megalite import __version__
-from megalite.cli.importing import without_collections
 from megalite.errors import ExitCode, UserError
 
 COMMANDS = {
@@ -62,9 +60,7 @@ def main(argv: list[str]) -> int:
         print(f"megalite: error: unknown command {name!r}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
         return ExitCode.BAD_INPUT
     try:
-        with without_collections():
-            command = importlib.import_module(COMMANDS[name][0])
-        code: int = command.main(rest)
+        code: int = importlib.import_module(COMMANDS[name][0]).main(rest)
         return code
     except UserError as error:
         return _fail(str(error), error.exit_code)
@@ -81,9 +77,7 @@ def main(argv: list[str]) -> int:
 
 def entry() -> None:
     """Console script."""
-    code = main(sys.argv[1:])
-    gc.freeze()  # else Python looks through every object of torch once more before it goes
-    sys.exit(code)
+    sys.exit(main(sys.argv[1:]))
 
 
 def _fail(message: str, code: int) -> int:

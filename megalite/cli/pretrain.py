@@ -7,7 +7,6 @@ import shlex
 import sys
 
 from megalite.cli.config_file import parse_pretrain, write_toml
-from megalite.cli.importing import without_collections
 from megalite.errors import ExitCode
 from megalite.parallel.failure import ends_together
 from megalite.parallel.mesh import close_mesh, make_mesh
@@ -16,8 +15,7 @@ from megalite.parallel.mesh import close_mesh, make_mesh
 def main(argv: list[str]) -> int:
     """Run the command; returns the exit code."""
     config, as_json = parse_pretrain(argv)
-    with without_collections():
-        from megalite.train.run import run_pretraining
+    from megalite.train.run import run_pretraining
 
     mesh = make_mesh(config.parallel, config.train.device)
     command = shlex.join(["megalite", "pretrain", *argv])
