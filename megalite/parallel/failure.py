@@ -139,7 +139,8 @@ class Watch:
                 silent = [r for r in still if r != self.rank]
                 cause = self._raise_alarm("does not answer", silent) if silent else ""
         except RuntimeError as error:
-            cause = self._no_store(error)
+            # The thread may have heard the cause and said so, upon which rank 0 left, and the store with it.
+            cause = self._cause or self._no_store(error)
         if cause:
             self._abandon(cause)
             self._keep_store()
@@ -151,6 +152,7 @@ class Watch:
         with contextlib.suppress(RuntimeError):  # no store, nobody to tell
             self._store.compare_set("alarm", "", text)
         self.stop()
+        self._keep_store()
 
     def positions(self) -> str:
         """What the first ranks were doing, by their last signs of life."""
@@ -187,10 +189,14 @@ class Watch:
         until = time.monotonic() + GRACE_S - 1.0
         waiting = [rank for rank in range(len(self.places)) if rank != self.rank] if self.rank == 0 else []
         with contextlib.suppress(RuntimeError):
-            while waiting and time.monotonic() < until:
-                gone = [rank for rank in waiting if self.places[rank].is_gone(self._here)]
-                waiting = [r for r in waiting if r not in gone and not self._store.check([f"knows/{r}"])]
+            while (waiting := [r for r in waiting if self._needs_store(r)]) and time.monotonic() < until:
                 time.sleep(0.05)
+
+    def _needs_store(self, rank: int) -> bool:
+        """True of a rank that lives and has neither read the alarm nor left."""
+        if self.places[rank].is_gone(self._here) or self._store.check([f"knows/{rank}"]):
+            return False
+        return self._store.get(f"beat/{rank}") != LEFT
 
     def _beat(self) -> None:
         self._beats += 1

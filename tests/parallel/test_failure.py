@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -116,6 +117,39 @@ def test_the_first_alarm_stays(watches):
     first.fail(ValueError("one"))
     second.fail(ValueError("two"))
     assert second.lost().endswith("one")
+
+
+class Gone:
+    """A store whose server left."""
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        def request(*arguments: object) -> object:
+            raise RuntimeError("Connection reset by peer")
+
+        return request
+
+
+def test_what_was_heard_outlives_the_store(watches):
+    """The first rank leaves, and the store with it, as soon as the others' threads have read the alarm."""
+    first, second = watches
+    first.fail(ValueError("odd"))
+    second._store = Gone()
+    assert second.lost().endswith("failed: ValueError: odd")
+
+
+def test_the_first_rank_stays_with_the_store_until_its_error_is_known(watches):
+    first, second = watches
+    first.fail(ValueError("odd"))
+    assert second._store.check(["knows/1"])
+    assert second._cause.endswith("failed: ValueError: odd")
+
+
+def test_the_first_rank_does_not_stay_for_those_that_left(watches):
+    first, second = watches
+    second.stop()
+    start = time.monotonic()
+    first.fail(ValueError("odd"))
+    assert time.monotonic() - start < 2.0  # of the 4 s that it would stay
 
 
 def test_silence_is_noticed():
