@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,27 +85,74 @@ def percent(value: float, digits: int = 1) -> str:
 # --- training throughput, beside other trainers ----------------------------------------------------------------
 
 
-def throughput_tables(results: Path, chosen: Chosen) -> str:
-    """One table for each shape, precision and machine by the wall clock; below, the same by process time.
-
-    The machine with the fastest matrix product comes first.
-    """
-    records = throughput(results)
+def throughput_summary(results: Path, chosen: Chosen) -> str:
+    """One line for each comparison: ours beside the best of the others in each column."""
+    records = comparisons(results, chosen)
     if not records:
         return absent(results, THROUGHPUT)
-    records = [r for r in records if all(str(r.get(field)) == value for field, value in chosen.items())]
+    header = ["machine", "model", "tokens/s", "fastest peer's", "×", "share of the measured GEMM"]
+    header += ["peak memory, GB, of the least peer's", "of it above state", "measured"]
+    return table(header, (summary_row(record) for record in records if all(ours_and_peers(record))))
+
+
+def summary_row(record: Record) -> list[str]:
+    """Our fastest contender against the fastest peer, and against the one with the least memory."""
+    ours, peers = ours_and_peers(record)
+    first, fastest = ours[0], peers[0]
+    times = first["tokens_per_s"] / fastest["tokens_per_s"]
+    clock = "" if record["clock"] == "wall" else ", CPU time"
+    layout = f", {record['layout']}" if record.get("layout") else ""
+    return [
+        str(machine_of(record)),
+        f"`{record['preset']}`, {record['precision']}{layout}{clock}",
+        f"{first['tokens_per_s']:,.0f}",
+        f"{fastest['tokens_per_s']:,.0f}",
+        f"**{times:.{2 if times < 10 else 0}f}**",
+        percent(first["gemm_fraction"]),
+        *(beside_least(first, peers, of) for of in ("peak_memory", "memory_above_state")),
+        str(record["time"])[:10],
+    ]
+
+
+def beside_least(ours: Record, peers: Sequence[Record], of: str) -> str:
+    """Ours, the least of the others, and our share of it; empty where it was not measured."""
+    least = min(
+        (p for p in peers if p.get(f"{of}_bytes")), key=lambda peer: peer[f"{of}_bytes"], default=None
+    )
+    if least is None or ours.get(f"{of}_bytes") is None:
+        return ""
+    share = ours[f"{of}_bytes"] / least[f"{of}_bytes"]
+    return f"{gigabytes(ours, of)} of {gigabytes(least, of)} ({share:.2f})"
+
+
+def throughput_tables(results: Path, chosen: Chosen) -> str:
+    """One table for each shape, precision and machine by the wall clock; below, the same by process time."""
+    records = comparisons(results, chosen)
     if not records:
-        words = " ".join(f"{field}={value}" for field, value in chosen.items())
-        raise ValueError(f"no record of {THROUGHPUT} has {words}: measure it, or change the marker")
-    peaks = {
-        m: max(r["gemm_peak_tflops"] for r in records if machine_of(r) == m) for m in map(machine_of, records)
-    }
-    records = sorted(records, key=lambda record: peaks[machine_of(record)], reverse=True)
+        return absent(results, THROUGHPUT)
     walls = [record for record in records if record["clock"] == "wall"]
     shown = {same_work(record) for record in walls}
     beside = [record for record in records if record["clock"] != "wall"]
     tables = [throughput_table(r, [b for b in beside if same_work(b) == same_work(r)]) for r in walls]
     return "\n\n".join([*tables, *(throughput_table(b, []) for b in beside if same_work(b) not in shown)])
+
+
+def comparisons(results: Path, chosen: Chosen) -> list[Record]:
+    """The chosen records, those of the kind of machine with the fastest matrix product first; none if there is no file.
+
+    Raises:
+        ValueError: there are records, but none that is chosen.
+    """
+    records = throughput(results)
+    found = [r for r in records if all(str(r.get(field)) == value for field, value in chosen.items())]
+    if records and not found:
+        words = " ".join(f"{field}={value}" for field, value in chosen.items())
+        raise ValueError(f"no record of {THROUGHPUT} has {words}: measure it, or change the marker")
+    peaks: dict[Machine, float] = {}
+    for record in found:
+        kind = replace(machine_of(record), threads=0)
+        peaks[kind] = max(peaks.get(kind, 0.0), record["gemm_peak_tflops"])
+    return sorted(found, key=lambda r: (-peaks[replace(machine_of(r), threads=0)], r["clock"] != "wall"))
 
 
 def same_work(record: Record) -> tuple[object, ...]:
@@ -303,6 +351,7 @@ def pipeline_table(results: Path, chosen: Chosen) -> str:
 
 
 SECTIONS: Mapping[str, Callable[[Path, Chosen], str]] = {
+    "throughput-summary": throughput_summary,
     "throughput": throughput_tables,
     "kernels": kernel_tables,
     "cuda-kernels": cuda_kernels,

@@ -71,6 +71,27 @@ def test_a_comparison_of_trainers(tmp_path: Path) -> None:
     assert tables.render(made, tmp_path, "there") == made
 
 
+def test_one_line_for_each_comparison(tmp_path: Path) -> None:
+    """Beside the fastest of the others for speed, the one that needs least for memory, whichever it is."""
+    record = throughput_record(RATES | {"megalite-less-memory": 1100.0})
+    record["contenders"][3] |= {"peak_memory_bytes": 1_600_000_000, "memory_above_state_bytes": 670_000_000}
+    record["contenders"][4] |= {"peak_memory_bytes": None, "memory_above_state_bytes": None}
+    alone = throughput_record({"megalite": 1.0}, preset="gpt2-124m")
+    ahead = throughput_record({"megalite": 604.0, "slow": 15.0}, clock="process", threads=1)
+    write(tmp_path / "throughput.jsonl", [ahead, alone, record])
+    made = tables.render("<!-- benchmarks: throughput-summary -->\n<!-- end -->", tmp_path, ".")
+    first, second = (line.split(" | ", 1)[1] for line in made.splitlines() if line.startswith("| AMD"))
+    assert first.startswith("`llama-60m`, bf16 | 1,208 | 1,071 | **1.13** | 73.1 % |")
+    assert first.endswith("| 2.08 of 1.60 (1.30) | 1.15 of 0.67 (1.72) | 2026-11-24 |")
+    assert second.startswith("`llama-60m`, bf16, CPU time | 604 | 15 | **40** | 36.5 % |")
+    assert second.endswith("| 2.08 of 2.90 (0.72) | 1.15 of 1.97 (0.58) | 2026-11-24 |")
+    for contender in record["contenders"][1:]:
+        contender["peak_memory_bytes"] = None
+    write(tmp_path / "throughput.jsonl", [record])
+    made = tables.render("<!-- benchmarks: throughput-summary -->\n<!-- end -->", tmp_path, ".")
+    assert "| 73.1 % |  | 1.15 of 0.67 (1.72) |" in made
+
+
 def test_what_makes_a_comparison_weaker_is_said(tmp_path: Path) -> None:
     record = throughput_record(in_turns=False)
     record["contenders"][1] |= {"losses": [10.4, 10.506], "allocator": "glibc"}
@@ -165,7 +186,7 @@ def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
     [
         (
             "<!-- benchmarks: speed -->\n<!-- end -->",
-            "no section is named 'speed': there are throughput, kernels",
+            "no section is named 'speed': there are throughput-summary, throughput, kernels",
         ),
         ("<!-- benchmarks: kernels -->\n", "has no <!-- end --> before the next marker"),
         ("<!-- benchmarks: kernels -->\n" + MARKERS, "has no <!-- end --> before the next marker"),
