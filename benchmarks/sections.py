@@ -150,16 +150,20 @@ def comparisons(results: Path, chosen: Chosen) -> list[Record]:
         raise ValueError(f"no record of {THROUGHPUT} has {words}: measure it, or change the marker")
     peaks: dict[Machine, float] = {}
     for record in found:
-        kind = replace(machine_of(record), threads=0)
+        kind = kind_of_machine(record)
         peaks[kind] = max(peaks.get(kind, 0.0), record["gemm_peak_tflops"])
-    return sorted(found, key=lambda r: (-peaks[replace(machine_of(r), threads=0)], r["clock"] != "wall"))
+    return sorted(found, key=lambda record: (-peaks[kind_of_machine(record)], record["clock"] != "wall"))
+
+
+def kind_of_machine(record: Record) -> Machine:
+    """The machine, whatever the number of threads."""
+    return replace(machine_of(record), threads=0)
 
 
 def same_work(record: Record) -> tuple[object, ...]:
     """What a run by the wall clock and one by process time have in common."""
     fields = ("preset", "seq_length", "micro_batch_size", "tokens_per_step", "precision", "layout")
-    machine = machine_of(record)
-    return (*(record.get(field) for field in fields), machine.device, machine.isa)
+    return (*(record.get(field) for field in fields), kind_of_machine(record))
 
 
 def throughput_table(record: Record, beside: Sequence[Record]) -> str:

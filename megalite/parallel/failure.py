@@ -147,7 +147,7 @@ class Watch:
         return cause
 
     def fail(self, error: BaseException) -> None:
-        """Tell the others that this rank ends with an error of its own, and stop."""
+        """Tell the others that this rank ends with an error of its own, and stop; rank 0, once they have read it."""
         text = f"rank {self.rank} on host {self._here.host} failed: {_first_line(error)}"
         with contextlib.suppress(RuntimeError):  # no store, nobody to tell
             self._store.compare_set("alarm", "", text)

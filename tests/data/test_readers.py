@@ -328,9 +328,8 @@ class TestSources:
         with gzip.open(folder / "service-2.json.gz", "wt") as out:
             json.dump(service, out)
         monkeypatch.syspath_prepend(str(tmp_path))
-        monkeypatch.delitem(
-            sys.modules, "botocore", raising=False
-        )  # other libraries import the installed one
+        # Other libraries import the installed one.
+        monkeypatch.delitem(sys.modules, "botocore", raising=False)
         files, _ = list_files(parse_sources(["botocore"]))
         documents = list(read_span(files[0], Span(0, 0, 1), ReadOptions(), fail))
         assert [d.data.decode() for d in documents] == [
